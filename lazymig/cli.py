@@ -1,0 +1,300 @@
+"""The commands: parsing, wiring and printing, nothing else.
+
+Exit status: 0 done; 1 failed before commit, the process runs on where it was; 2 wrong usage; 3 refused,
+nothing was touched; 4 failed after commit. ``check`` has its own: 0 source and destination, 1 neither,
+3 only source, 4 only destination.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from lazymig import report
+from lazymig.errors import LazymigError, RefusedError
+from lazymig.kernel import kdat
+from lazymig.migrate import options as opt
+
+T = TypeVar("T")
+
+
+def _parsed(parse: Callable[[str], T]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """An option's callback by one of the parsers of migrate/options.py; a repeated option gives a tuple."""
+
+    def one(ctx: click.Context, param: click.Parameter, value: str) -> T:
+        try:
+            return parse(value)
+        except opt.OptionError as e:
+            raise click.BadParameter(str(e), ctx, param) from e
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | Sequence[str] | None) -> object:
+        if value is None or isinstance(value, str):
+            return None if value is None else one(ctx, param, value)
+        return tuple(one(ctx, param, v) for v in value)
+
+    return callback
+
+
+ADDRESS, SIZE, TIME = _parsed(opt.parse_address), _parsed(opt.parse_size), _parsed(opt.parse_duration_ms)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
+MODE = click.option(
+    "--mode",
+    type=click.Choice([m.value for m in opt.Mode]),
+    default=opt.Mode.HYBRID.value,
+    show_default=True,
+    help="hybrid: rounds while it runs, the rest after the switch. precopy: the rest in the freeze. "
+    "postcopy: all after the switch. stop-and-copy: all in the freeze.",
+)
+
+
+def _fail(error: LazymigError) -> NoReturn:
+    """Prints an error that ends the command and leaves with its status."""
+    click.echo(f"lazymig: {report.clean(error)}", err=True)
+    if isinstance(error, opt.OptionError):
+        sys.exit(report.EXIT_USAGE)
+    sys.exit(report.EXIT_REFUSED if isinstance(error, RefusedError) else report.EXIT_FAILED)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lazymig", prog_name="lazymig")
+def main() -> None:
+    """Move a running process to another host while it keeps working."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--no-cache", is_flag=True, help="Try everything again instead of believing the last answers.")
+def check(as_json: bool, no_cache: bool) -> None:
+    """Try every kernel feature that is needed here.
+
+    Exit status: 0 this host can be source and destination, 3 only source, 4 only destination, 1 neither.
+    """
+    features = kdat.features(cached=not no_cache)
+    if as_json:
+        click.echo(report.checks_json(features))
+    else:
+        report.print_checks(features)
+    sys.exit(
+        {(True, True): 0, (True, False): 3, (False, True): 4, (False, False): 1}[
+            features.source, features.destination
+        ]
+    )
+
+
+@main.command("lazy-pages")
+@click.option(
+    "--listen",
+    callback=ADDRESS,
+    multiple=True,
+    default=[f"{opt.LOOPBACK}:{opt.DEFAULT_PORT}"],
+    show_default=True,
+    metavar="ADDR[:PORT]",
+    help="Where to wait for processes; may be given several times.",
+)
+@AS_JSON
+def lazy_pages(listen: tuple[tuple[str, int], ...], as_json: bool) -> None:
+    """Receive processes: the daemon of the destination.
+
+    Whoever can connect can have a program run here as root, and nothing is encrypted. So it listens on
+    loopback unless an address is given; give one that only trusted hosts reach.
+    """
+    from lazymig.migrate.daemon import run_daemon
+
+    shown = report.JsonReporter(sys.stdout) if as_json else report.DaemonReporter(sys.stdout)
+    try:
+        run_daemon(opt.DaemonOptions(listen=tuple(listen)), shown.event)
+    except LazymigError as e:
+        _fail(e)
+    except KeyboardInterrupt:
+        sys.exit(report.EXIT_OK)
+
+
+@main.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option(
+    "--to",
+    "to",
+    callback=ADDRESS,
+    required=True,
+    metavar="HOST[:PORT]",
+    help="The destination's lazy-pages daemon.",
+)
+@MODE
+@click.option(
+    "--max-downtime",
+    callback=TIME,
+    metavar="TIME",
+    default=f"{opt.DEFAULT_MAX_DOWNTIME_MS:g}ms",
+    show_default=True,
+    help="Freeze as soon as the estimated downtime is below this.",
+)
+@click.option(
+    "--max-rounds",
+    type=click.IntRange(min=1),
+    default=opt.DEFAULT_MAX_ROUNDS,
+    show_default=True,
+    help="Freeze after so many rounds whatever the estimate.",
+)
+@click.option(
+    "--bandwidth-limit",
+    callback=SIZE,
+    metavar="SIZE",
+    help="Bytes per second of bulk data, e.g. 100M. Faults are not limited.",
+)
+@click.option("--dry-run", is_flag=True, help="Only find out whether it can be moved.")
+@click.option(
+    "--stdio",
+    default=opt.Stdio.REFUSE.value,
+    show_default=True,
+    metavar="refuse|null|file[:PATH]",
+    help="What becomes of standard streams that lead to a terminal or another process: refuse to move, "
+    "/dev/null, or append to a file on the destination (/var/log/lazymig-PID.log).",
+)
+@click.option(
+    "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
+)
+@click.option("--copy-files", is_flag=True, help="Ship regular files that the destination lacks.")
+@click.option(
+    "--parent",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A layer that predump made and the destination holds too: send only what changed since.",
+)
+@click.option(
+    "--compress",
+    type=click.Choice([c.value for c in opt.Codec]),
+    default=opt.Codec.NONE.value,
+    show_default=True,
+    help="Compression of bulk pages.",
+)
+@click.option("--streams", type=click.IntRange(1, 16), default=1, show_default=True, help="Bulk connections.")
+@AS_JSON
+def migrate(
+    pid: int,
+    to: tuple[str, int],
+    mode: str,
+    max_downtime: float,
+    max_rounds: int,
+    bandwidth_limit: int | None,
+    dry_run: bool,
+    stdio: str,
+    tcp_close: bool,
+    copy_files: bool,
+    parent: Path | None,
+    compress: str,
+    streams: int,
+    as_json: bool,
+) -> None:
+    """Move the process PID to another host.
+
+    Ctrl-C cancels until commit; afterwards the destination owns the process and the command goes on.
+
+    Exit status: 0 moved (or, with --dry-run, can be moved), 1 failed and the process runs on here, 2 wrong
+    usage, 3 refused, 4 failed after commit.
+    """
+    try:
+        stdio_choice, stdio_path = opt.parse_stdio(stdio, pid)
+        options = opt.MigrateOptions(
+            pid=pid,
+            host=to[0],
+            port=to[1],
+            mode=opt.Mode(mode),
+            max_downtime_ms=max_downtime,
+            max_rounds=max_rounds,
+            bandwidth_limit=bandwidth_limit,
+            dry_run=dry_run,
+            stdio=stdio_choice,
+            stdio_path=stdio_path,
+            tcp_close=tcp_close,
+            copy_files=copy_files,
+            parent=parent,
+            codec=opt.Codec(compress),
+            streams=streams,
+        )
+    except opt.OptionError as e:
+        _fail(e)
+    from lazymig.migrate.session import run_migration
+
+    shown = report.reporter(as_json=as_json)
+    try:
+        run_migration(options, shown.event)
+    except RefusedError as e:
+        if shown.final is None:
+            shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
+    except LazymigError as e:
+        shown.error(e)
+    finally:
+        shown.close()
+    sys.exit(shown.exit_status)
+
+
+@main.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option(
+    "--images-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Where the layer goes.",
+)
+@click.option(
+    "--parent",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="An earlier layer of the same process: write only what changed since.",
+)
+@AS_JSON
+def predump(pid: int, images_dir: Path, parent: Path | None, as_json: bool) -> None:
+    """Write one round of a process's memory to disk while it runs."""
+    from lazymig.migrate.predump import run_predump
+
+    shown = report.reporter(as_json=as_json)
+    try:
+        run_predump(opt.PredumpOptions(pid=pid, images_dir=images_dir, parent=parent), shown.event)
+    except RefusedError as e:
+        shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
+    except LazymigError as e:
+        shown.error(e)
+    finally:
+        shown.close()
+    sys.exit(shown.exit_status)
+
+
+@main.command()
+@click.option(
+    "--mib", type=click.IntRange(1, 65536), default=256, show_default=True, help="The process's memory."
+)
+@click.option(
+    "--pages-per-tick",
+    type=click.IntRange(0, 10000),
+    default=20,
+    show_default=True,
+    help="Random pages that it writes every 200 us.",
+)
+@click.option("--threads", type=click.IntRange(0, 256), default=0, show_default=True, help="Further threads.")
+@MODE
+@click.option("--back-and-forth", type=click.IntRange(0, 1000), default=0, help="So many further moves.")
+@click.option("--keep", is_flag=True, help="Leave the hosts and the process running until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="The result as one line of JSON.")
+def demo(
+    mib: int, pages_per_tick: int, threads: int, mode: str, back_and_forth: int, keep: bool, as_json: bool
+) -> None:
+    """Show a move: two isolated hosts on this machine, and a busy process that checks its own memory.
+
+    Exit status: 0 the process came over intact, 1 it did not.
+    """
+    from lazymig.demo.demo import DemoOptions, run_demo
+
+    result = run_demo(
+        DemoOptions(
+            mib=mib,
+            pages_per_tick=pages_per_tick,
+            threads=threads,
+            mode=mode,
+            back_and_forth=back_and_forth,
+            keep=keep,
+            json=as_json,
+        )
+    )
+    sys.exit(report.EXIT_OK if result.intact else report.EXIT_FAILED)

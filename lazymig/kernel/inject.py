@@ -1,0 +1,119 @@
+"""Work inside a stopped thread of a process that is to run on afterwards: everything is put back.
+
+The thread executes single system calls at the ``syscall`` instruction of its own vDSO, so no code of the
+process is ever patched; for batches an area is mapped and unmapped again.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from lazymig.arch import SYS
+from lazymig.errors import LazymigError, SyscallError
+from lazymig.kernel import ptrace
+from lazymig.kernel.batch import Batch, blob
+from lazymig.kernel.ptrace import ThreadState
+from lazymig.native import CData, ffi, lib
+
+_PROT_RWX = 7
+_MAP_PRIVATE_ANONYMOUS = 0x22
+
+
+def find_gadget(pid: int, vdso: tuple[int, int]) -> int:
+    """Address of a ``syscall`` instruction in the vDSO at ``vdso`` (start, end)."""
+    code = ptrace.peek(pid, vdso[0], vdso[1] - vdso[0])
+    at = lib.lm_find_syscall(ffi.from_buffer(code), len(code))
+    if at == len(code):
+        raise LazymigError("its vDSO holds no syscall instruction", code="no-gadget", subject=f"pid {pid}")
+    return vdso[0] + int(at)
+
+
+class PrivateRegion:
+    """An area in another process, reached with process_vm_readv and process_vm_writev."""
+
+    def __init__(self, pid: int, base: int, size: int) -> None:
+        self.pid = pid
+        self.base = base
+        self.size = size
+        self.code = base
+        self._copy = ffi.new("uint8_t[]", size)
+
+    def view(self) -> CData:
+        """This process's copy."""
+        return self._copy
+
+    def flush(self, start: int, end: int) -> None:
+        """Writes bytes [start, end) of the copy into the area."""
+        r = lib.lm_poke(self.pid, self.base + start, self._copy + start, end - start)
+        ptrace.check(r, "process_vm_writev", f"pid {self.pid}")
+
+    def fetch(self, start: int, end: int) -> None:
+        """Reads bytes [start, end) of the area into the copy."""
+        r = lib.lm_peek(self.pid, self.base + start, self._copy + start, end - start)
+        ptrace.check(r, "process_vm_readv", f"pid {self.pid}")
+
+
+class Injection:
+    """Context in which system calls are run in stopped threads; on leaving it they are as they were.
+
+    ``threads`` are the states read at the stop. Their signals are blocked meanwhile, since a signal that is
+    delivered in between would run a handler with our registers.
+    """
+
+    def __init__(self, pid: int, threads: list[ThreadState], gadget: int) -> None:
+        self.pid = pid
+        self.gadget = gadget
+        self.threads = threads
+        self.region: PrivateRegion | None = None
+        self._stepped = False
+        self.leave_with: dict[int, bytes] = {}  # registers to leave a thread with, where not its own
+
+    def __enter__(self) -> Self:
+        for t in self.threads:
+            ptrace.set_sigmask(t.tid, ptrace.ALL_SIGNALS)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.restore()
+
+    def step(self, call: str, nr: int, *args: int) -> int:
+        """One system call in the main thread; raises SyscallError naming ``call``."""
+        main = self.threads[0]
+        self._stepped = True
+        ret = ptrace.step_syscall(main.tid, main.regs, self.gadget, nr, *args)
+        if -4096 < ret < 0:
+            raise SyscallError(call, -ret, subject=f"pid {self.pid}")
+        return ret
+
+    def map_region(self, size: int) -> PrivateRegion:
+        """Maps the area that batches need; it goes away with this context."""
+        base = self.step("mmap", SYS.mmap, 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, -1, 0)
+        self.region = PrivateRegion(self.pid, base, size)
+        ptrace.poke(self.pid, base, blob())
+        return self.region
+
+    def batches(self, size_each: int, max_calls: int, size_main: int, max_calls_main: int) -> list[Batch]:
+        """One batch for each thread, the main thread's first, in a new area."""
+        room = 256 + size_main + size_each * (len(self.threads) - 1)
+        region = self.map_region((room + 4095) & -4096)
+        made, offset = [], 256
+        for i, t in enumerate(self.threads):
+            size, calls = (size_each, max_calls) if i else (size_main, max_calls_main)
+            made.append(Batch(region, t.tid, t.regs, offset=offset, size=size, max_calls=calls))
+            offset += size
+        return made
+
+    def restore(self) -> None:
+        """Unmaps the area and puts back registers, signal masks and rseq critical sections."""
+        if self.region is not None:
+            region, self.region = self.region, None
+            self.step("munmap", SYS.munmap, region.base, region.size)
+        if self._stepped:
+            self._stepped = False
+            ptrace.unstep(self.threads[0].tid)
+        for t in self.threads:
+            if t.rseq_cs:
+                # Running elsewhere made the kernel clear the critical section; the thread is still in it.
+                ptrace.poke(self.pid, t.rseq_ptr + 8, t.rseq_cs.to_bytes(8, "little"))
+            ptrace.set_regs(t.tid, self.leave_with.get(t.tid, t.regs))
+            ptrace.set_sigmask(t.tid, t.sigmask)

@@ -1,0 +1,371 @@
+#define _GNU_SOURCE
+#include "ptrace.h"
+
+#include <dirent.h>
+#include <elf.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define GET_RSEQ_CONFIGURATION 0x420f /* linux/ptrace.h; the system's header may be older */
+#define STOP_EVENT(status) ((status) >> 16)
+
+struct rseq_configuration {
+	uint64_t ptr;
+	uint32_t size, signature, flags, pad;
+};
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
+static lm_result of_ptrace(long r)
+{
+	return r == -1 ? lm_fail(0, errno) : lm_ok(1);
+}
+
+lm_result lm_seize(int32_t tid, uint64_t options)
+{
+	return of_ptrace(ptrace(PTRACE_SEIZE, tid, 0, options));
+}
+
+/*
+ * A stop is announced by SIGCHLD to this process. The callers block that signal in all threads, so that a wait
+ * is one sigtimedwait: it sleeps (which hands the processor to a tracee on the same one), and has a deadline,
+ * which waitpid has not. A signal that came for another tracee only makes the loop look once more.
+ */
+lm_result lm_wait(int32_t tid, uint64_t timeout_ns, int32_t *status)
+{
+	uint64_t deadline = now_ns() + timeout_ns;
+	sigset_t chld;
+
+	sigemptyset(&chld);
+	sigaddset(&chld, SIGCHLD);
+	for (;;) {
+		int st;
+		pid_t r = waitpid(tid, &st, __WALL | WNOHANG);
+		if (r == tid) {
+			*status = st;
+			return WIFSTOPPED(st) ? lm_ok(1) : lm_fail(0, ESRCH);
+		}
+		if (r < 0)
+			return lm_fail(0, errno == ECHILD ? ESRCH : errno);
+		uint64_t now = now_ns();
+		if (now >= deadline)
+			return lm_fail(0, ETIMEDOUT);
+		/* Another thread of ours may have taken the signal: look again after 2 ms at the latest. */
+		uint64_t left = deadline - now < 2000000 ? deadline - now : 2000000;
+		struct timespec t = {left / 1000000000, left % 1000000000};
+		sigtimedwait(&chld, NULL, &t);
+	}
+}
+
+static bool known(const int32_t *tids, uint64_t n, int32_t tid)
+{
+	for (uint64_t i = 0; i < n; i++)
+		if (tids[i] == tid)
+			return true;
+	return false;
+}
+
+/* Whether a thread is dead and only not reaped yet: seizing such a one fails with EPERM. */
+static bool ended(int32_t pid, int32_t tid)
+{
+	char path[64], line[512], state = 'X', *after;
+	int saved = errno;
+
+	snprintf(path, sizeof path, "/proc/%d/task/%d/stat", pid, tid);
+	FILE *f = fopen(path, "re");
+	if (f) {
+		/* The name is in parentheses and may hold any character: what counts is behind the last one. */
+		if (fgets(line, sizeof line, f) && (after = strrchr(line, ')')) && after[1])
+			state = after[2];
+		fclose(f);
+	}
+	errno = saved;
+	return state == 'Z' || state == 'X';
+}
+
+/* Seizes and interrupts the threads that are not in `tids` yet; returns how many were added, or sets *err. */
+static uint64_t seize_new(int32_t pid, uint64_t options, int32_t *tids, uint64_t n, uint64_t cap, int *err)
+{
+	char path[64];
+	struct dirent *e;
+	uint64_t before = n;
+
+	snprintf(path, sizeof path, "/proc/%d/task", pid);
+	DIR *d = opendir(path);
+	if (!d) {
+		*err = errno == ENOENT ? ESRCH : errno;
+		return 0;
+	}
+	while ((e = readdir(d))) {
+		int32_t tid = atoi(e->d_name);
+		/* Threads are listed in order of creation: only the first ones can be known. */
+		if (tid <= 0 || known(tids, before, tid))
+			continue;
+		if (n == cap) {
+			*err = E2BIG;
+			break;
+		}
+		if (ptrace(PTRACE_SEIZE, tid, 0, options) == -1) {
+			if (errno == ESRCH || (errno == EPERM && ended(pid, tid)))
+				continue; /* it ended meanwhile */
+			*err = errno;
+			break;
+		}
+		ptrace(PTRACE_INTERRUPT, tid, 0, 0);
+		tids[n++] = tid;
+	}
+	closedir(d);
+	return n - before;
+}
+
+/* Waits for the stop that PTRACE_INTERRUPT asked for, delivering signals that are already on their way. */
+static int wait_interrupted(int32_t tid, uint64_t deadline)
+{
+	for (;;) {
+		int32_t st;
+		uint64_t now = now_ns();
+		lm_result r = lm_wait(tid, deadline > now ? deadline - now : 0, &st);
+		if (r.err)
+			return r.err;
+		if (STOP_EVENT(st) == PTRACE_EVENT_STOP)
+			return WSTOPSIG(st) == SIGTRAP ? 0 : EBUSY; /* else: a group stop, the process is stopped (T) */
+		if (STOP_EVENT(st) == PTRACE_EVENT_EXIT)
+			return ESRCH;
+		/* It stops for a signal first. Any stop takes a pending interrupt along, so it is asked again. */
+		ptrace(PTRACE_INTERRUPT, tid, 0, 0);
+		ptrace(PTRACE_CONT, tid, 0, WSTOPSIG(st));
+	}
+}
+
+lm_result lm_stop_all(int32_t pid, uint64_t options, int32_t *tids, uint64_t cap, uint64_t timeout_ns)
+{
+	uint64_t deadline = now_ns() + timeout_ns, n = 0;
+	int err = 0;
+
+	for (;;) {
+		uint64_t added = seize_new(pid, options, tids, n, cap, &err);
+		uint64_t keep = n;
+		for (uint64_t i = n; i < n + added; i++) {
+			int e = err ? err : wait_interrupted(tids[i], deadline);
+			if (e == 0)
+				tids[keep++] = tids[i];
+			else if (e != ESRCH) {
+				err = e;
+				tids[keep++] = tids[i];
+			}
+		}
+		n = keep;
+		if (err) {
+			lm_detach_all(tids, n, 0);
+			return lm_fail(n, err);
+		}
+		if (!added)
+			return n ? lm_ok(n) : lm_fail(0, ESRCH);
+	}
+}
+
+lm_result lm_detach_all(const int32_t *tids, uint64_t n, int32_t sig)
+{
+	uint64_t done = 0;
+	int err = 0;
+
+	for (uint64_t i = n; i-- > 0;) {
+		if (ptrace(PTRACE_DETACH, tids[i], 0, sig) == 0) {
+			done++;
+			continue;
+		}
+		/* A thread that is not stopped cannot be detached: stop it, then let it go. */
+		int32_t st;
+		if (ptrace(PTRACE_INTERRUPT, tids[i], 0, 0) == 0 && !lm_wait(tids[i], 1000000000, &st).err) {
+			int s = STOP_EVENT(st) ? 0 : WSTOPSIG(st);
+			ptrace(PTRACE_DETACH, tids[i], 0, s);
+			done++;
+		} else if (errno != ESRCH && !err) {
+			err = errno;
+		}
+	}
+	return lm_fail(done, err);
+}
+
+lm_result lm_thread_read(int32_t tid, lm_thread *out, uint8_t *xstate, uint64_t cap)
+{
+	struct iovec xs = {xstate, cap};
+	struct rseq_configuration rq = {0};
+	void *head = NULL;
+	size_t len = 0;
+
+	memset(out, 0, sizeof *out);
+	if (ptrace(PTRACE_GETREGS, tid, 0, &out->regs) == -1 ||
+	    ptrace(PTRACE_GETREGSET, tid, NT_X86_XSTATE, &xs) == -1 ||
+	    ptrace(PTRACE_GETSIGMASK, tid, sizeof out->sigmask, &out->sigmask) == -1)
+		return lm_fail(0, errno);
+	out->xstate_len = xs.iov_len;
+	if (ptrace(GET_RSEQ_CONFIGURATION, tid, sizeof rq, &rq) >= 0 && rq.ptr) {
+		out->rseq_ptr = rq.ptr;
+		out->rseq_size = rq.size;
+		out->rseq_sig = rq.signature;
+		/* struct rseq: cpu_id_start, cpu_id (u32 each), then rseq_cs (u64) */
+		lm_result r = lm_peek(tid, rq.ptr + 8, &out->rseq_cs, sizeof out->rseq_cs);
+		if (r.err)
+			return r;
+	}
+	if (syscall(SYS_get_robust_list, tid, &head, &len) == 0) {
+		out->robust_head = (uint64_t)head;
+		out->robust_len = len;
+	}
+	return lm_ok(1);
+}
+
+lm_result lm_set_regs(int32_t tid, const lm_regs *regs)
+{
+	return of_ptrace(ptrace(PTRACE_SETREGS, tid, 0, regs));
+}
+
+lm_result lm_get_regs(int32_t tid, lm_regs *regs)
+{
+	return of_ptrace(ptrace(PTRACE_GETREGS, tid, 0, regs));
+}
+
+lm_result lm_set_xstate(int32_t tid, const uint8_t *xstate, uint64_t len)
+{
+	struct iovec xs = {(void *)xstate, len};
+	return of_ptrace(ptrace(PTRACE_SETREGSET, tid, NT_X86_XSTATE, &xs));
+}
+
+lm_result lm_set_sigmask(int32_t tid, uint64_t mask)
+{
+	return of_ptrace(ptrace(PTRACE_SETSIGMASK, tid, sizeof mask, &mask));
+}
+
+lm_result lm_get_sigmask(int32_t tid, uint64_t *mask)
+{
+	return of_ptrace(ptrace(PTRACE_GETSIGMASK, tid, sizeof *mask, mask));
+}
+
+lm_result lm_set_options(int32_t tid, uint64_t options)
+{
+	return of_ptrace(ptrace(PTRACE_SETOPTIONS, tid, 0, options));
+}
+
+lm_result lm_cont(int32_t tid, int32_t sig)
+{
+	return of_ptrace(ptrace(PTRACE_CONT, tid, 0, sig));
+}
+
+lm_result lm_event_message(int32_t tid, uint64_t *message)
+{
+	return of_ptrace(ptrace(PTRACE_GETEVENTMSG, tid, 0, message));
+}
+
+/* Waits for the SIGTRAP that a step or the interpreter's int3 makes. EFAULT: it died of something else. */
+static int wait_trap(int32_t tid, uint64_t timeout_ns)
+{
+	int32_t st;
+	lm_result r = lm_wait(tid, timeout_ns, &st);
+	if (r.err)
+		return r.err;
+	return WSTOPSIG(st) == SIGTRAP && !STOP_EVENT(st) ? 0 : EFAULT;
+}
+
+lm_result lm_step_syscall(int32_t tid, const lm_regs *base, uint64_t gadget, lm_call *call, uint64_t timeout_ns)
+{
+	struct user_regs_struct r;
+
+	memcpy(&r, base, sizeof r);
+	lm_arch_enter_syscall(&r, gadget, call);
+	if (ptrace(PTRACE_SETREGS, tid, 0, &r) == -1 || ptrace(PTRACE_SINGLESTEP, tid, 0, 0) == -1)
+		return lm_fail(0, errno);
+	int err = wait_trap(tid, timeout_ns);
+	if (err)
+		return lm_fail(0, err);
+	if (ptrace(PTRACE_GETREGS, tid, 0, &r) == -1)
+		return lm_fail(0, errno);
+	call->ret = lm_arch_result(&r);
+	return lm_ok(1);
+}
+
+lm_result lm_interrupt(int32_t tid, uint64_t timeout_ns)
+{
+	if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1)
+		return lm_fail(0, errno);
+	int err = wait_interrupted(tid, now_ns() + timeout_ns);
+	return err ? lm_fail(0, err) : lm_ok(1);
+}
+
+lm_result lm_unstep(int32_t tid, uint64_t timeout_ns)
+{
+	/* Only a resume without a step clears the trap flag; the interrupt that waits stops it before it runs. */
+	if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1 || ptrace(PTRACE_CONT, tid, 0, 0) == -1)
+		return lm_fail(0, errno);
+	int err = wait_interrupted(tid, now_ns() + timeout_ns);
+	return err ? lm_fail(0, err) : lm_ok(1);
+}
+
+lm_result lm_enter_batch(int32_t tid, const lm_regs *base, uint64_t blob, uint64_t table)
+{
+	struct user_regs_struct r;
+
+	memcpy(&r, base, sizeof r);
+	lm_arch_enter_blob(&r, blob, table);
+	return of_ptrace(ptrace(PTRACE_SETREGS, tid, 0, &r));
+}
+
+lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t timeout_ns)
+{
+	uint64_t deadline = now_ns() + timeout_ns, done = 0;
+	int err = 0;
+
+	for (uint64_t i = 0; i < n; i++) {
+		struct user_regs_struct r;
+		memcpy(&r, &runners[i].regs, sizeof r);
+		lm_arch_enter_blob(&r, blob, runners[i].table);
+		runners[i].err = 0;
+		if (ptrace(PTRACE_SETREGS, runners[i].tid, 0, &r) == -1 ||
+		    ptrace(PTRACE_CONT, runners[i].tid, 0, 0) == -1)
+			runners[i].err = errno;
+	}
+	for (uint64_t i = 0; i < n; i++) {
+		uint64_t now = now_ns();
+		if (!runners[i].err)
+			runners[i].err = wait_trap(runners[i].tid, deadline > now ? deadline - now : 0);
+		if (!runners[i].err)
+			done++;
+		else if (!err)
+			err = runners[i].err;
+	}
+	return lm_fail(done, err);
+}
+
+lm_result lm_peek(int32_t pid, uint64_t addr, void *out, uint64_t len)
+{
+	struct iovec l = {out, len}, r = {(void *)addr, len};
+	ssize_t got = process_vm_readv(pid, &l, 1, &r, 1, 0);
+
+	if (got < 0)
+		return lm_fail(0, errno);
+	return (uint64_t)got == len ? lm_ok(len) : lm_fail(got, EFAULT);
+}
+
+lm_result lm_poke(int32_t pid, uint64_t addr, const void *data, uint64_t len)
+{
+	struct iovec l = {(void *)data, len}, r = {(void *)addr, len};
+	ssize_t put = process_vm_writev(pid, &l, 1, &r, 1, 0);
+
+	if (put < 0)
+		return lm_fail(0, errno);
+	return (uint64_t)put == len ? lm_ok(len) : lm_fail(put, EFAULT);
+}

@@ -1,0 +1,1 @@
+"""A migration: both hosts' state machines, rounds, connections, daemon and worker."""

@@ -1,0 +1,128 @@
+"""Everything of the frozen process but its memory, read in one go: what the prepare frame carries."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+from lazymig.errors import LazymigError, ProtocolError
+from lazymig.kernel.batch import run_all_steps
+from lazymig.kernel.ranges import RangeSet
+from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
+from lazymig.process import state
+from lazymig.process.descriptors import DescriptorDumper
+from lazymig.process.threads import ThreadImage, dump_thread, dump_xcomp
+from lazymig.process.vmas import Kind
+
+MAX_THREADS = 7000
+
+
+@dataclass(slots=True)
+class Capture:
+    """The process's state at the freeze."""
+
+    threads: list[ThreadImage]
+    xcomp: int  # permitted extended-state features, a bit mask
+    process: bytes  # a state.ProcessState message
+    thread_states: list[bytes]  # one message for each of `threads`
+    fds: bytes  # a DescriptorsDump message
+    pending: list[list[int]]  # signals that wait, for each thread
+    seccomp: bool = False  # filters may be among the states
+    guards: RangeSet = field(default_factory=RangeSet)
+    untracked_shared: RangeSet = field(default_factory=RangeSet)  # written past the tracker; not sent
+
+    def to_wire(self) -> dict[str, Any]:
+        """As the prepare frame carries it."""
+        return {
+            "threads": [t.to_wire() for t in self.threads],
+            "xcomp": self.xcomp,
+            "process": self.process,
+            "thread_states": self.thread_states,
+            "fds": self.fds,
+            "pending": self.pending,
+            "seccomp": self.seccomp,
+            "guards": self.guards.to_bytes(),
+        }
+
+    @staticmethod
+    def from_wire(w: dict[str, Any]) -> Capture:
+        """The inverse; ProtocolError when something is missing or unsound."""
+        try:
+            threads = [ThreadImage.from_wire(t) for t in w["threads"]]
+            pending = [[int(n) for n in some] for some in w["pending"]]
+            states = [bytes(s) for s in w["thread_states"]]
+            capture = Capture(
+                threads, int(w["xcomp"]), bytes(w["process"]), states, bytes(w["fds"]), pending,
+                bool(w["seccomp"]), RangeSet.from_bytes(w["guards"]),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as e:
+            raise ProtocolError(f"an unsound state: {e!r}") from None
+        if not 0 < len(threads) <= MAX_THREADS or not len(threads) == len(states) == len(pending):
+            raise ProtocolError("threads do not match")
+        return capture
+
+
+def capture(target: Target, dumper: DescriptorDumper) -> Capture:
+    """Reads the state of the stopped process; afterwards it is as it was, but for running.
+
+    Raises LazymigError when it changed into something that cannot be moved.
+    """
+    stopped = target.stopped
+    pid = target.pid
+    results = _read(target)
+    if target.children():
+        raise LazymigError("it has children now", code="has-children", subject=f"pid {pid}")
+    fds = dumper.final(target.mapped_objects())
+    layout = target.layout
+    return Capture(
+        threads=[r[0] for r in results],
+        xcomp=results[0][2],
+        process=results[0][3],
+        thread_states=[r[1] for r in results],
+        fds=fds.SerializeToString(),
+        pending=[target.stopped.due(t) for t in stopped.threads],
+        seccomp=target.seccomp,
+        guards=_guards(target),
+        untracked_shared=layout.ranges(Kind.MEMFD),
+    )
+
+
+def _read(target: Target) -> list[list[Any]]:
+    """What the stopped threads say of themselves."""
+    pid, stopped = target.pid, target.stopped
+    with target.injection() as inj:
+        batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
+        groups = []
+        for i, (batch, thread) in enumerate(zip(batches, stopped.threads, strict=True)):
+            steps = [
+                dump_thread(batch, thread),
+                state.dump_thread(batch, pid, thread.tid, seccomp=target.seccomp),
+            ]
+            if i == 0:
+                steps += [dump_xcomp(batch), state.dump_process(batch, pid)]
+            groups.append((batch, steps))
+        return run_all_steps(groups)
+
+
+def rehearse() -> None:
+    """Captures a child of our own once: what runs for the first time in the freeze takes half as long again."""
+    child = os.fork()
+    if child == 0:
+        while True:
+            signal.pause()
+    target = Target(child)
+    try:
+        target.stop()
+        _read(target)
+    finally:
+        target.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _guards(target: Target) -> RangeSet:
+    """Guard pages, where the flags say that there may be some."""
+    places = RangeSet.of((v.start, v.end) for v in target.layout if "gu" in v.flags)
+    return target.guards(places) if places else RangeSet()

@@ -1,0 +1,169 @@
+"""The connections of one migration as the source makes them: control, bulk (one or more) and faults.
+
+Each starts with a hello frame. The daemon answers the control connection's hello with the migration's id and a
+secret; the others name both, so that nobody else can add a connection to a migration.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import trio
+
+from lazymig.errors import LazymigError, PeerLostError, ProtocolError
+from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, decode_body, encode
+from lazymig.migrate.options import MigrateOptions
+
+CAPABILITIES = ["zero-ranges", "punch-rounds", "lz4", "zstd", "ship-files"]
+_HEAD = 8
+_PINGS = 5
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 5))
+_USER_TIMEOUT_MS = 20_000
+
+
+def tune(sock: socket.socket) -> None:
+    """No delay for small frames; a peer that vanished without a word is noticed within half a minute."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+
+
+def tune_trio(stream: trio.SocketStream) -> None:
+    """The same for a trio stream."""
+    if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
+        with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
+            tune(twin)
+
+
+class Links:
+    """The connections to one destination."""
+
+    def __init__(self, control: Channel, migration: str, secret: str, round_trip_ms: float) -> None:
+        self.control = control
+        self.migration = migration
+        self.secret = secret
+        self.round_trip_ms = round_trip_ms
+        self.bulk: list[socket.socket] = []
+        self.fault: socket.socket
+
+    async def open_data(self, options: MigrateOptions) -> None:
+        """Opens the bulk and fault connections."""
+        for i in range(options.streams):
+            self.bulk.append(await self._open("bulk", i, options))
+        self.fault = await self._open("fault", 0, options)
+
+    async def _open(self, role: str, index: int, options: MigrateOptions) -> socket.socket:
+        hello = {"t": "hello", "version": VERSION, "role": role, "id": self.migration, "secret": self.secret}
+        return await trio.to_thread.run_sync(_connect_raw, options, {**hello, "index": index})
+
+    async def ask_verdict(self, options: MigrateOptions) -> str:
+        """Asks the destination's daemon, over a new connection, what became of this migration.
+
+        "running", "aborted", or "unknown" while it cannot be told.
+        """
+        hello = {
+            "t": "hello",
+            "version": VERSION,
+            "role": "verdict",
+            "id": self.migration,
+            "secret": self.secret,
+        }
+        try:
+            stream = await trio.open_tcp_stream(options.host, options.port)
+            async with stream:
+                channel = Channel(stream, self.control.peer)
+                await channel.send(hello)
+                with trio.fail_after(5):
+                    frame, _ = await channel.expect("verdict")
+                return str(frame["verdict"])
+        except (OSError, LazymigError, trio.TooSlowError):
+            return "unknown"
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self.control.aclose()
+        for s in (*self.bulk, *([self.fault] if hasattr(self, "fault") else [])):
+            s.close()
+
+
+async def connect(options: MigrateOptions) -> Links:
+    """Connects to the daemon and agrees on version and capabilities. Raises PeerLostError, ProtocolError."""
+    peer = f"{options.host}:{options.port}"
+    try:
+        with trio.fail_after(options.connect_timeout_s):
+            stream = await trio.open_tcp_stream(options.host, options.port)
+    except (OSError, trio.TooSlowError) as e:
+        raise PeerLostError(
+            f"no daemon answers there ({e})",
+            code="no-daemon",
+            subject=peer,
+            hint="start `lazymig lazy-pages --listen ADDR:PORT` on the destination",
+        ) from e
+    tune_trio(stream)
+    control = Channel(stream, peer)
+    try:
+        with trio.fail_after(options.connect_timeout_s):
+            await control.send(
+                {"t": "hello", "version": VERSION, "role": "control", "capabilities": CAPABILITIES}
+            )
+            welcome, _ = await control.expect("welcome")
+            if welcome["version"] != VERSION:
+                raise ProtocolError(
+                    f"it speaks version {welcome['version']}, this is {VERSION}", subject=peer
+                )
+            trips = []
+            for _ in range(_PINGS):
+                sent = time.perf_counter()
+                await control.send({"t": "ping"})
+                await control.expect("pong")
+                trips.append((time.perf_counter() - sent) * 1e3)
+    except trio.TooSlowError:
+        await control.aclose()
+        raise PeerLostError("it does not answer", subject=peer) from None
+    except BaseException:
+        await control.aclose()
+        raise
+    return Links(control, str(welcome["id"]), str(welcome["secret"]), min(trips))
+
+
+def _connect_raw(options: MigrateOptions, hello: dict[str, object]) -> socket.socket:
+    """A blocking socket whose hello was answered; from then on it carries raw frames."""
+    peer = f"{options.host}:{options.port}"
+    try:
+        sock = socket.create_connection((options.host, options.port), options.connect_timeout_s)
+    except OSError as e:
+        raise PeerLostError(f"no further connection ({e})", subject=peer) from e
+    try:
+        tune(sock)
+        sock.sendall(encode(hello))
+        head = _read_exactly(sock, _HEAD)
+        length = int.from_bytes(head[:4], "little")
+        if length > MAX_HELLO or head[4:] != bytes(4):
+            raise ProtocolError("bad answer to a hello", subject=peer)
+        frame = decode_body(_read_exactly(sock, length))
+        if frame["t"] == "error":
+            raise LazymigError.from_wire(frame)
+        sock.settimeout(None)
+        return sock
+    except OSError as e:
+        sock.close()
+        raise PeerLostError(f"a connection broke ({e})", subject=peer) from e
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _read_exactly(sock: socket.socket, n: int) -> bytes:
+    data = b""
+    while len(data) < n:
+        got = sock.recv(n - len(data))
+        if not got:
+            raise ConnectionResetError("closed")
+        data += got
+    return data

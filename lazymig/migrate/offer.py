@@ -1,0 +1,224 @@
+"""Preflight: what the source offers, and what the destination says to it. Nothing is stopped or changed here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lazymig.errors import LazymigError, ProtocolError, Refusal, RefusedError
+from lazymig.kernel import kdat
+from lazymig.migrate.channel import Channel
+from lazymig.migrate.options import MigrateOptions, Mode, Stdio
+from lazymig.migrate.target import Target
+from lazymig.pb import descriptors_pb2
+from lazymig.process import cpu, files, preflight
+from lazymig.process.descriptors import DescriptorDumper, DescriptorRestorer, StdioPolicy, boot_digest
+from lazymig.process.vmas import PROT_WRITE, Kind, Layout, Vma
+
+MAX_STREAMS = 16
+
+
+@dataclass(slots=True)
+class Offer:
+    """A process as the source offers it."""
+
+    pid: int
+    tids: list[int]
+    mode: Mode
+    streams: int
+    dry_run: bool
+    copy_files: bool
+    highest_fd: int
+    cpu: dict[str, Any]
+    fds: bytes  # a DescriptorsDump draft
+    files: list[files.FileFacts]
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The offer frame."""
+        return {
+            "t": "offer",
+            "pid": self.pid,
+            "tids": self.tids,
+            "mode": str(self.mode),
+            "streams": self.streams,
+            "dry_run": self.dry_run,
+            "copy_files": self.copy_files,
+            "highest_fd": self.highest_fd,
+            "cpu": self.cpu,
+            "fds": self.fds,
+            "files": [f.to_wire() for f in self.files],
+        }
+
+    @staticmethod
+    def from_wire(w: dict[str, Any]) -> Offer:
+        """The inverse; ProtocolError when unsound."""
+        try:
+            offer = Offer(
+                pid=int(w["pid"]),
+                tids=[int(t) for t in w["tids"]],
+                mode=Mode(w["mode"]),
+                streams=int(w["streams"]),
+                dry_run=bool(w["dry_run"]),
+                copy_files=bool(w["copy_files"]),
+                highest_fd=int(w["highest_fd"]),
+                cpu=dict(w["cpu"]),
+                fds=bytes(w["fds"]),
+                files=[files.FileFacts.from_wire(f) for f in w["files"]],
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise ProtocolError(f"an unsound offer: {e!r}") from None
+        if (
+            not 1 < offer.pid < 1 << 22
+            or not 1 <= offer.streams <= MAX_STREAMS
+            or offer.pid not in offer.tids
+        ):
+            raise ProtocolError("numbers out of bounds", subject=f"pid {offer.pid}")
+        if not 0 <= offer.highest_fd < 1 << 20:
+            raise ProtocolError("a descriptor number is out of bounds", subject=f"fd {offer.highest_fd}")
+        return offer
+
+
+def stdio_policy(options: MigrateOptions) -> StdioPolicy:
+    """The descriptors' policy for standard streams that lead outside."""
+    return StdioPolicy(f"file:{options.stdio_path}" if options.stdio is Stdio.FILE else str(options.stdio))
+
+
+def make_offer(target: Target, options: MigrateOptions, dumper: DescriptorDumper) -> Offer:
+    """Looks at the running process. Its ``refusals`` are what cannot be moved."""
+    layout = target.refresh_layout(with_flags=True)
+    refusals, notes = preflight.collect_refusals(options.pid, layout)
+    refusals += dumper.refusals(target.mapped_objects())
+    if missing := kdat.features().missing("source"):
+        refusals += [Refusal("kernel-feature", p.name, p.meaning) for p in missing]
+    if refusals:
+        return Offer(options.pid, [], options.mode, 0, False, False, 0, {}, b"", [], refusals, notes)
+    draft = dumper.draft(target.mapped_objects())
+    return Offer(
+        pid=options.pid,
+        tids=target.tids(),
+        mode=options.mode,
+        streams=options.streams,
+        dry_run=options.dry_run,
+        copy_files=options.copy_files,
+        highest_fd=max([r.fd for r in draft.fd], default=0),
+        cpu=cpu.facts(),
+        fds=draft.SerializeToString(),
+        files=_files(draft, layout),
+        notes=[*notes, *draft.warning],
+    )
+
+
+def _files(draft: descriptors_pb2.DescriptorsDump, layout: Layout) -> list[files.FileFacts]:
+    """Every file that the process maps or has open: they must be the same on both hosts."""
+    written = _written(layout)
+    mapped = {v.path for v in layout if v.kind in (Kind.FILE, Kind.SHARED_FILE) and not v.deleted}
+    facts = (files.facts_of(path, mapped=True, writing=path in written) for path in mapped)
+    return files.merge([[f for f in facts if f is not None], files.facts_of_dump(draft)])
+
+
+def _written(layout: Layout) -> set[str]:
+    """Files that the process writes to through a mapping: their time stamps change at any moment, or not at all."""
+    shared = (v for v in layout if v.kind is Kind.SHARED_FILE and not v.deleted)
+    return {v.path for v in shared if v.prot & PROT_WRITE}
+
+
+def check_offer(offer: Offer) -> tuple[list[Refusal], list[str]]:
+    """What the destination has against it, and what it only remarks."""
+    refusals = cpu.compare(offer.cpu, cpu.facts())
+    for tid in offer.tids:
+        if os.path.exists(f"/proc/{tid}"):
+            what = f"pid {tid}" if tid == offer.pid else f"thread {tid}"
+            refusals.append(
+                Refusal(
+                    "pid-taken",
+                    what,
+                    "this number is in use on the destination",
+                    "end that process, or use a destination in a pid namespace of its own",
+                )
+            )
+    if missing := kdat.features().missing("destination"):
+        refusals += [Refusal("kernel-feature", p.name, p.meaning) for p in missing]
+    for facts in offer.files:
+        if (r := files.compare(facts)) is not None:
+            refusals.append(r)
+    return refusals, []
+
+
+def check_files(facts: object) -> None:
+    """The strict check at the freeze: what was being written must be here as the source has it now."""
+    if not isinstance(facts, list):
+        raise ProtocolError("no list of files")
+    refusals = [files.compare(files.FileFacts.from_wire(f), strict=True) for f in facts]
+    if found := [r for r in refusals if r is not None]:
+        raise RefusedError(found)
+
+
+def writable_facts(capture_fds: bytes, layout: Layout | None = None) -> list[dict[str, object]]:
+    """The files that the frozen process writes to, as they are now; with ``layout`` also through mappings."""
+    dump = descriptors_pb2.DescriptorsDump.FromString(capture_fds)
+    through = [files.facts_of(path, writing=True) for path in _written(layout or Layout([]))]
+    found = files.merge([files.facts_of_dump(dump), [f for f in through if f is not None]])
+    return [f.to_wire() for f in found if f.writing]
+
+
+def refusals_from_wire(frame: dict[str, Any]) -> list[Refusal]:
+    """The destination's refusals."""
+    return [
+        Refusal(*(str(r.get(k, "")) for k in ("code", "subject", "reason", "hint")))
+        for r in frame.get("refusals", [])
+        if isinstance(r, dict)
+    ]
+
+
+def files_to_ship(offer: Offer) -> list[str]:
+    """Paths of files that the source should send, because this host lacks them or has others."""
+    if not offer.copy_files:
+        return []
+    draft = descriptors_pb2.DescriptorsDump.FromString(offer.fds)
+    # A file that both hosts share and somebody has just changed must not be replaced by a copy of itself.
+    shared = draft.boot == boot_digest()
+    return [f.path for f in offer.files if files.compare(f) is not None and not (shared and files.is_here(f))]
+
+
+def open_mapped(vma: Vma, writable: bool, restorer: DescriptorRestorer) -> int:
+    """The file behind a mapping, here. Raises LazymigError naming the path."""
+    fd = restorer.object(*vma.object_key) if vma.deleted else None
+    if fd is not None:
+        return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    try:
+        return os.open(vma.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as e:
+        kind = "shared" if vma.kind is Kind.SHARED_FILE else "private"
+        raise LazymigError(
+            f"the file of a {kind} mapping cannot be opened ({e.strerror})",
+            code="file-missing",
+            subject=vma.path,
+            hint="put the same file there, or use --copy-files",
+        ) from e
+
+
+async def ship_files(
+    sender: files.FileSender, offer: Offer, frame: dict[str, Any], emit: Callable[[dict[str, Any]], None]
+) -> None:
+    """Sends the files that the destination asked for; only such as the process uses."""
+    offered = {f.path: f.mapped and f.writing for f in offer.files}
+    for path in frame["paths"]:
+        if path not in offered:
+            raise ProtocolError(
+                "the destination asks for a file that the process does not use", subject=str(path)[:80]
+            )
+        sent = await sender.ship(path, unstamped=offered[path])
+        emit({"event": "file", "path": path, "bytes": sent})
+
+
+async def receive_files(control: Channel, receiver: files.FileReceiver) -> None:
+    """Takes files until the source says that these were all."""
+    while True:
+        frame, data = await control.expect("file", "files-end")
+        if frame["t"] == "files-end":
+            return
+        receiver.handle(dict(frame["head"]), data)

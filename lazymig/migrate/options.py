@@ -1,0 +1,182 @@
+"""What a person chooses for a migration, checked and with its units."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from lazymig.errors import LazymigError
+
+DEFAULT_PORT = 7077
+DEFAULT_MAX_DOWNTIME_MS = 5.0
+DEFAULT_MAX_ROUNDS = 30
+LOOPBACK = "127.0.0.1"
+
+
+class OptionError(LazymigError):
+    """A value that cannot be meant; nothing was done yet."""
+
+    code = "bad-option"
+
+
+class Mode(StrEnum):
+    """Which pages cross before the process stops, and which after it runs again."""
+
+    HYBRID = "hybrid"  # rounds first, what is dirty at the freeze afterwards
+    PRECOPY = "precopy"  # rounds first, what is dirty at the freeze inside it
+    POSTCOPY = "postcopy"  # everything afterwards
+    STOP_AND_COPY = "stop-and-copy"  # everything inside the freeze
+
+
+class Stdio(StrEnum):
+    """What becomes of standard streams that lead to a terminal or to another process."""
+
+    REFUSE = "refuse"
+    NULL = "null"  # /dev/null on the destination
+    FILE = "file"  # appended to a file on the destination; input is empty
+
+
+class Codec(StrEnum):
+    """How bulk pages are compressed; pages that a thread waits for never are."""
+
+    NONE = "none"
+    AUTO = "auto"  # lz4 while the link is slower than the compression
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateOptions:
+    """One migration, as the source sees it."""
+
+    pid: int
+    host: str
+    port: int = DEFAULT_PORT
+    mode: Mode = Mode.HYBRID
+    max_downtime_ms: float = DEFAULT_MAX_DOWNTIME_MS  # freeze when the estimate is below
+    max_rounds: int = DEFAULT_MAX_ROUNDS  # freeze after so many in any case
+    bandwidth_limit: int | None = None  # bytes per second of bulk data; None: as fast as it goes
+    dry_run: bool = False  # preflight only
+    stdio: Stdio = Stdio.REFUSE
+    stdio_path: str = ""  # for Stdio.FILE; a path on the destination
+    tcp_close: bool = False  # established TCP connections are reset instead of refused
+    copy_files: bool = False  # ship regular files that the destination lacks
+    parent: Path | None = None  # a layer that both hosts hold: send only what changed since
+    codec: Codec = Codec.NONE
+    streams: int = 1  # bulk connections
+    connect_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.pid <= 0:
+            raise OptionError("must be a positive number", subject=f"PID {self.pid}")
+        if not self.host:
+            raise OptionError("the destination has no name", subject="--to")
+        if not 0 < self.port < 65536:
+            raise OptionError("must be between 1 and 65535", subject=f"port {self.port}")
+        if self.max_downtime_ms <= 0:
+            raise OptionError("must be more than 0 ms", subject="--max-downtime")
+        if self.max_rounds < 1:
+            raise OptionError("must be at least 1", subject="--max-rounds")
+        if self.bandwidth_limit is not None and self.bandwidth_limit <= 0:
+            raise OptionError("must be more than 0 bytes/s", subject="--bandwidth-limit")
+        if not 1 <= self.streams <= 16:
+            raise OptionError("must be between 1 and 16", subject="--streams")
+        if (self.stdio is Stdio.FILE) != bool(self.stdio_path):
+            raise OptionError("a path belongs to 'file', and only to it", subject="--stdio")
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonOptions:
+    """The destination daemon: where it listens."""
+
+    listen: tuple[tuple[str, int], ...] = ((LOOPBACK, DEFAULT_PORT),)
+
+    def __post_init__(self) -> None:
+        if not self.listen:
+            raise OptionError("nothing to listen on", subject="--listen")
+
+    @property
+    def insecure(self) -> bool:
+        """True when somebody on another host may connect: the wire is neither encrypted nor authenticated."""
+        return not all(is_loopback(host) for host, _ in self.listen)
+
+
+@dataclass(frozen=True, slots=True)
+class PredumpOptions:
+    """One pre-dump round to disk."""
+
+    pid: int
+    images_dir: Path
+    parent: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.pid <= 0:
+            raise OptionError("must be a positive number", subject=f"PID {self.pid}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach the address; a name other than ``localhost`` counts as reachable."""
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+def parse_address(text: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
+    """``HOST``, ``HOST:PORT``, ``[IPv6]``, ``[IPv6]:PORT`` or a bare IPv6 address; raises OptionError."""
+    if m := re.fullmatch(r"\[([^\[\]]+)\](?::(\d{1,5}))?", text):
+        host, port = m.group(1), m.group(2)
+    elif text.count(":") > 1:
+        host, port = text, None
+    elif m := re.fullmatch(r"([^:\[\]\s]+)(?::(\d{1,5}))?", text):
+        host, port = m.group(1), m.group(2)
+    else:
+        raise OptionError("is not HOST[:PORT]", subject=repr(text), hint="with an IPv6 address: [::1]:7077")
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise OptionError("is not an IPv6 address", subject=repr(text)) from None
+    number = int(port) if port is not None else default_port
+    if not 0 < number < 65536:
+        raise OptionError("the port must be between 1 and 65535", subject=repr(text))
+    return host, number
+
+
+def format_address(host: str, port: int) -> str:
+    """The inverse of parse_address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``4096``, ``100M``, ``1.5G``, ``64KiB``, ``10MB/s`` (M is 1048576 in all); OptionError."""
+    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?(?:/s)?\s*", text, re.ASCII | re.IGNORECASE)
+    if not m:
+        raise OptionError("is not a size", subject=repr(text), hint="for example 100M or 1.5G")
+    number, unit = m.groups()
+    factor = _SIZE_UNITS[unit.lower()]
+    return int(number) * factor if "." not in number else int(float(number) * factor)
+
+
+_TIME_UNITS_MS = {"us": 0.001, "ms": 1.0, "": 1.0, "s": 1000.0}
+
+
+def parse_duration_ms(text: str) -> float:
+    """Milliseconds from ``5``, ``5ms``, ``500us``, ``1.5s``; OptionError."""
+    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s|)\s*", text, re.ASCII)
+    if not m:
+        raise OptionError("is not a time", subject=repr(text), hint="for example 5ms or 0.5s")
+    return float(m.group(1)) * _TIME_UNITS_MS[m.group(2)]
+
+
+def parse_stdio(text: str, pid: int) -> tuple[Stdio, str]:
+    """``refuse``, ``null``, ``file`` or ``file:PATH``: the choice and the destination's path; OptionError."""
+    kind, colon, path = text.partition(":")
+    if kind not in set(Stdio) or (colon and (kind != Stdio.FILE or not path.startswith("/"))):
+        raise OptionError("is not refuse, null, file or file:/PATH", subject=repr(text))
+    if kind == Stdio.FILE:
+        return Stdio.FILE, path or f"/var/log/lazymig-{pid}.log"
+    return Stdio(kind), ""

@@ -1,0 +1,79 @@
+"""How pages of different kinds of memory travel: the classes that the bulk connection knows."""
+
+from __future__ import annotations
+
+from lazymig.kernel.ranges import RangeSet
+from lazymig.migrate.options import Mode
+from lazymig.process.vmas import Layout, Vma
+from page_server.wire import FORCE, ZEROABLE
+
+SMALL_VMA = 8 << 20  # pages of smaller VMAs are rather sent in the freeze: a program touches them at once
+# Locked memory must not be missing; the kernel drops droppable pages and wipes others on fork behind our back.
+_NEVER_LAZY = {"lo", "dp", "wf"}
+EAGER_BUDGET = 256  # pages that may be so
+
+
+def classify(layout: Layout, pages: RangeSet) -> list[tuple[RangeSet, int]]:
+    """Splits ``pages`` into (set, flags) parts for the bulk connection."""
+    zeroable = layout.where(_zeroable)
+    parts: list[tuple[RangeSet, int]] = []
+    for force_flag, choose in ((0, _plain), (FORCE, _forced)):
+        some = pages & layout.where(choose)
+        for flags, part in ((force_flag | ZEROABLE, some & zeroable), (force_flag, some - zeroable)):
+            if part:
+                parts.append((part, flags))
+    return parts
+
+
+def _plain(v: Vma) -> bool:
+    return v.copied and v.plain_access
+
+
+def _forced(v: Vma) -> bool:
+    return v.copied and not v.plain_access
+
+
+def _zeroable(v: Vma) -> bool:
+    # A zero page of a private file mapping hides the file's content: it must be there. In shared memory it may
+    # be a page that others rely on being allocated.
+    return v.private_anon
+
+
+def _lazy(v: Vma) -> bool:
+    return v.private_anon and not v.flags & _NEVER_LAZY
+
+
+def _small(v: Vma) -> bool:
+    return v.private_anon and v.size < SMALL_VMA
+
+
+def locked(layout: Layout) -> RangeSet:
+    """Memory that may not be missing, not even for a moment."""
+    return layout.where(_locked)
+
+
+def _locked(v: Vma) -> bool:
+    return v.locked
+
+
+def lazy_capable(layout: Layout, mode: Mode) -> RangeSet:
+    """Memory whose pages may be missing when the process runs again."""
+    return layout.where(_lazy) if mode in (Mode.HYBRID, Mode.POSTCOPY) else RangeSet()
+
+
+def split_eager(layout: Layout, pages: RangeSet, needed: RangeSet, mode: Mode) -> tuple[RangeSet, RangeSet]:
+    """Splits the freeze's pages into (eager, lazy). ``needed`` are pages the first instructions use."""
+    lazy = pages & lazy_capable(layout, mode)
+    now = lazy & needed
+    some = lazy & layout.where(_small)
+    if some.pages <= EAGER_BUDGET:
+        now = now | some
+    return pages - (lazy - now), lazy - now
+
+
+def warm(layout: Layout, mode: Mode) -> None:
+    """Works out all sets that the freeze needs, before it."""
+    split_eager(layout, RangeSet(), RangeSet(), mode)
+    classify(layout, RangeSet())
+    locked(layout)
+    layout.ranges()

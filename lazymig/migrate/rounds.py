@@ -1,0 +1,89 @@
+"""When to copy, when to punch, when to freeze: the choices of pre-copy, apart from what carries them out.
+
+A *copy* round sends the pages written since the last scan. A *punch* round only drops them at the destination,
+to be lazy there: five times cheaper a page, so it converges deeper before the freeze. Hybrid migrations copy
+while that shrinks the dirty set, then punch while that still does, then freeze.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from lazymig.migrate.options import Mode
+
+SMALL_PAGES = 512  # 2 MiB: no further round makes the freeze shorter than its fixed costs
+MAX_PUNCH_ROUNDS = 4
+_SHRINK_COPY = 0.7  # go on copying while a round leaves less than this of the one before
+_SHRINK_PUNCH = 0.6
+# Costs in the freeze, in milliseconds, for the estimate that people see; measured in bench/.
+_BASE_MS = 3.0
+_LAZY_PAGE_MS = 0.0007
+_EAGER_PAGE_MS = 0.006
+
+
+class Action(Enum):
+    """What to do with the pages that a scan has found."""
+
+    COPY = "copy"
+    PUNCH = "punch"
+    FREEZE = "freeze"
+
+
+@dataclass(slots=True)
+class RoundRecord:
+    """One round, as reports show it. Bytes are of memory; ``ms`` includes the scan."""
+
+    n: int
+    kind: str
+    pages: int
+    bytes: int
+    ms: float
+    dirty_rate_pages_s: float
+    est_downtime_ms: float
+
+    @property
+    def rate_mbps(self) -> float:
+        """Megabytes of memory per second."""
+        return self.bytes / self.ms / 1000 if self.ms else 0.0
+
+
+@dataclass(slots=True)
+class Policy:
+    """Decides from the sizes of the dirty sets seen so far."""
+
+    mode: Mode
+    max_rounds: int
+    max_downtime_ms: float
+    copied: list[int] = field(default_factory=list)  # pages of the copy rounds so far
+    punched: list[int] = field(default_factory=list)
+
+    def estimate_ms(self, pages: int) -> float:
+        """Expected downtime when the freeze finds ``pages`` dirty."""
+        lazy = self.mode in (Mode.HYBRID, Mode.POSTCOPY)
+        return _BASE_MS + pages * (_LAZY_PAGE_MS if lazy else _EAGER_PAGE_MS)
+
+    def decide(self, pages: int) -> Action:
+        """What to do with a scan that found ``pages`` dirty."""
+        action = self._decide(pages)
+        if action is Action.COPY:
+            self.copied.append(pages)
+        elif action is Action.PUNCH:
+            self.punched.append(pages)
+        return action
+
+    def _decide(self, pages: int) -> Action:
+        done = len(self.copied) + len(self.punched)
+        if not self.copied:
+            return Action.COPY
+        if self.mode is Mode.HYBRID:
+            if self.punched:
+                more = pages > SMALL_PAGES // 4 and pages < self.punched[-1] * _SHRINK_PUNCH
+                return Action.PUNCH if more and len(self.punched) < MAX_PUNCH_ROUNDS else Action.FREEZE
+            if done < self.max_rounds and pages > SMALL_PAGES and pages < self.copied[-1] * _SHRINK_COPY:
+                return Action.COPY
+            return Action.PUNCH if pages > SMALL_PAGES // 4 else Action.FREEZE
+        enough = self.estimate_ms(pages) <= self.max_downtime_ms
+        if enough or done >= self.max_rounds or (done > 2 and pages >= self.copied[-1] * 0.95):
+            return Action.FREEZE
+        return Action.COPY

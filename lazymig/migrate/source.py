@@ -1,0 +1,526 @@
+"""The source's side of a migration: the engine that tracks, copies, freezes, hands over and serves.
+
+It runs in a process of its own (session.py), which is the tracer of the one that moves. Its states and their
+transitions are in states.py. Until the commit frame is sent every failure ends in `_rollback`, after which the
+process runs on here as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+import trio
+
+from lazymig.errors import (
+    CancelledMigrationError,
+    LazymigError,
+    PeerLostError,
+    ProcessGoneError,
+    RefusedError,
+    SyscallError,
+)
+from lazymig.kernel.ranges import RangeSet
+from lazymig.migrate import offer as offers
+from lazymig.migrate.capture import Capture, capture, rehearse
+from lazymig.migrate.layer import ParentLayer
+from lazymig.migrate.links import Links, connect
+from lazymig.migrate.options import Codec, MigrateOptions, Mode
+from lazymig.migrate.parts import classify, lazy_capable, locked, split_eager, warm
+from lazymig.migrate.placement import anywhere, beside, give_way
+from lazymig.migrate.rounds import Action, Policy, RoundRecord
+from lazymig.migrate.states import SOURCE_TRANSITIONS, Machine, Source
+from lazymig.migrate.target import Target
+from lazymig.process.descriptors import DescriptorDumper
+from lazymig.process.files import FileSender
+from lazymig.process.threads import eager_pages
+from lazymig.process.vmas import Layout, diff
+from page_server.sender import BulkSender
+from page_server.source import PageSource, SourceStats
+
+Event = dict[str, Any]
+# The sender itself stops compressing where that does not pay.
+_CODECS = {Codec.NONE: None, Codec.AUTO: "lz4", Codec.LZ4: "lz4", Codec.ZSTD: "zstd"}
+_DRAIN_EVENT_S = 0.2
+_REPLY_TIMEOUT_S = 30.0
+_FREEZE_TRIES = 20
+_THAW_S = 0.01
+_PASSING = {"fd-content"}  # reasons that a process that runs on removes by itself
+_FEW = 4 << 20  # bytes that may be sent in the freeze without a thread
+_ASK_AGAIN_S = 60.0
+
+
+class SourceMigration:
+    """One migration of one process; `run` does all of it."""
+
+    def __init__(self, options: MigrateOptions, on_event: Callable[[Event], None]) -> None:
+        self.options = options
+        self.emit = on_event
+        self.machine = Machine("source", Source.PREFLIGHT, SOURCE_TRANSITIONS)
+        self.cancel_scope = trio.CancelScope()
+        self.cancelled = False
+        self.policy = Policy(options.mode, options.max_rounds, options.max_downtime_ms)
+        self.records: list[RoundRecord] = []
+        self.target: Target
+        self.links: Links
+        self._sent_layout = Layout([])
+        self._lazy = RangeSet()  # punched at the destination: content only here
+        self._anew = RangeSet()  # mapped anew since the last layout that was sent
+        self._owed = RangeSet()  # could not be read when their turn came, e.g. for a mprotect in between
+        self._last_drop = False  # one is on its way, whose answer nobody has waited for
+        self._punched = RangeSet()  # of those, what the destination has dropped already
+        self._gone = RangeSet()  # to be dropped there with the freeze's scan
+        self._seq = 0
+        self._started = time.monotonic()
+        self._steps: dict[str, float] = {}
+        self._bulk_bytes = 0
+        self._handed_over = False  # the commit was sent: the destination may run it, so this host never will
+        self._parent: ParentLayer | None = None
+
+    @property
+    def committed(self) -> bool:
+        """Whether the point of no return is passed."""
+        return self._handed_over
+
+    def cancel(self) -> bool:
+        """Cancels when that is still possible; says whether it is."""
+        if self.committed or self.machine.state in (Source.DONE, Source.FAILED):
+            self.emit(
+                {"event": "warning", "text": "it is too late to cancel: the process runs at the destination"}
+            )
+            return False
+        self.cancelled = True
+        self.cancel_scope.cancel()
+        return True
+
+    async def run(self) -> Event:
+        """Moves the process; the final event. Raises LazymigError, RefusedError among them."""
+        self.target = Target(self.options.pid)
+        try:
+            with self.cancel_scope:
+                return await self._run()
+            raise CancelledMigrationError("cancelled before commit; the process runs on here")
+        except BaseException as e:
+            await self._failed(e)
+            raise
+        finally:
+            if not self._handed_over:
+                self.target.close()
+
+    async def _failed(self, error: BaseException) -> None:
+        state = self.machine.state
+        if self._handed_over:
+            # The process may run over there: here it stays frozen, whatever becomes of this engine.
+            if Source.FAILED in SOURCE_TRANSITIONS[state]:
+                self.machine.to(Source.FAILED)
+            return
+        if state in (Source.DONE, Source.FAILED):
+            return
+        self.machine.to(Source.ROLLBACK)
+        self.target.close()
+        if hasattr(self, "links"):
+            with trio.CancelScope(shield=True):
+                known = (
+                    error if isinstance(error, LazymigError) else LazymigError(repr(error), code="internal")
+                )
+                if not isinstance(error, PeerLostError):
+                    await self.links.control.send_error(known)
+                await self.links.aclose()
+        self.machine.to(Source.FAILED)
+
+    async def _run(self) -> Event:
+        self.dumper = DescriptorDumper(
+            self.target.source,
+            stdio=offers.stdio_policy(self.options),
+            tcp="close" if self.options.tcp_close else "refuse",
+        )
+        if self.options.parent is not None:
+            self._parent = ParentLayer(self.options.parent, self.options.pid)
+        offer = offers.make_offer(self.target, self.options, self.dumper)
+        if offer.refusals:
+            raise RefusedError(offer.refusals)
+        for note in offer.notes:
+            self.emit({"event": "warning", "text": note})
+        self.links = await connect(self.options)
+        self.files = FileSender(self._send_file)
+        await self.links.control.send(offer.to_wire())
+        await self._accepted(offer)
+        self.emit({"event": "preflight", "ok": True, "pid": self.options.pid, "files": len(offer.files)})
+        if self.options.dry_run:
+            await self.links.aclose()
+            self.machine.to(Source.DONE)
+            return {"event": "done", "dry_run": True, "pid": self.options.pid}
+        await self.links.open_data(self.options)
+        rehearse()
+        self.senders = [
+            BulkSender(
+                s,
+                self.options.pid,
+                codec=_CODECS[self.options.codec],
+                limit_bytes_per_s=self.options.bandwidth_limit or 0,
+            )
+            for s in self.links.bulk
+        ]
+        if self.options.mode in (Mode.HYBRID, Mode.PRECOPY):
+            self.machine.to(Source.TRACK)
+            self.target.plant_tracker()
+            self.machine.to(Source.ROUNDS)
+            await self._rounds()
+        else:
+            self.target.refresh_layout(with_flags=True)
+            await self._send_layout()
+        self.machine.to(Source.FREEZE)
+        return await self._hand_over()
+
+    async def _accepted(self, offer: offers.Offer) -> None:
+        """Waits for the destination's word, shipping files that it lacks when that was asked for."""
+        with trio.fail_after(_REPLY_TIMEOUT_S):
+            frame, _ = await self.links.control.expect("accept", "refuse", "want-files")
+        if frame["t"] == "want-files":
+            await offers.ship_files(self.files, offer, frame, self.emit)
+            await self.links.control.send({"t": "files-end"})
+            frame, _ = await self.links.control.expect("accept", "refuse")
+        if frame["t"] == "refuse":
+            raise RefusedError(offers.refusals_from_wire(frame))
+        for note in frame.get("notes", []):
+            self.emit({"event": "warning", "text": str(note)})
+
+    async def _send_file(self, head: dict[str, object], data: bytes) -> None:
+        await self.links.control.send({"t": "file", "head": head}, data)
+
+    # ---- pre-copy
+
+    async def _rounds(self) -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            started = time.monotonic()
+            try:
+                # Advice and locks show in no quick snapshot, so copy rounds look again; punch rounds are in a hurry.
+                self.target.refresh_layout(with_flags=True, anew=not self.policy.punched)
+                assert self.target.tracker is not None
+                dirty = self.target.tracker.round(self.target.mapped(), self.target.paused)
+            except (SyscallError, ProcessGoneError) as e:
+                if not self._exec_happened(e):
+                    raise
+                self.emit({"event": "warning", "text": "it executed another program: starting over"})
+                self.target.replant_tracker()
+                self._lazy = self._gone = self._owed = RangeSet()
+                continue
+            if dirty.fresh:
+                # What the pause read is without flags; what changes again meanwhile is fresh in the next round.
+                self.target.refresh_layout(with_flags=True)
+            self._anew = self._anew | dirty.fresh
+            self._lazy = self._lazy & self.target.mapped().memory
+            self._punched = self._punched & self._lazy
+            dirty.pages = dirty.pages | (self._owed & self.target.mapped().all)
+            self._owed = RangeSet()
+            fresh = dirty.pages - self._lazy
+            action = self.policy.decide(fresh.pages)
+            if action is Action.FREEZE:
+                # These pages are protected again, so the freeze's scan will not tell of them.
+                self._lazy = self._lazy | dirty.pages
+                self._gone = dirty.gone
+                await self._send_layout()
+                if self.options.mode is Mode.HYBRID:
+                    await self._drop_last(dirty.pages, dirty.gone)
+                return
+            await self._send_layout()
+            if action is Action.COPY:
+                held = await self._from_parent(dirty.pages)
+                await self._copy(dirty.pages - held, dirty.gone)
+                self._lazy = self._lazy - dirty.pages
+                self._punched = self._punched - dirty.pages
+            else:
+                lazy = fresh & lazy_capable(self.target.layout, self.options.mode)
+                if fresh - lazy:
+                    await self._copy(fresh - lazy, RangeSet())
+                await self._punch(lazy | dirty.gone)
+                self._lazy = self._lazy | lazy
+                self._punched = self._punched | lazy
+                if len(self.policy.punched) == 1:
+                    rehearse()  # once more: the rounds' pages have washed its code and data out of the caches
+            self._record(action, fresh.pages, started)
+
+    async def _from_parent(self, pages: RangeSet) -> RangeSet:
+        """In the first round: lets the destination take from its copy of the parent layer what that holds."""
+        parent, self._parent = self._parent, None
+        same = parent.unchanged(pages) if parent else RangeSet()
+        if parent and same:
+            frame = {"t": "parent", "dir": str(parent.directory), "layer": parent.id}
+            await self.links.control.send(frame, same.to_bytes())
+            with trio.fail_after(_REPLY_TIMEOUT_S + same.size / 1e7):
+                await self.links.control.expect("parent-done")
+            self.emit({"event": "parent", "pages": same.pages, "dir": str(parent.directory)})
+        return same
+
+    def _exec_happened(self, e: LazymigError) -> bool:
+        """Whether the tracked address space ended while the process lives on."""
+        gone = isinstance(e, ProcessGoneError) or (isinstance(e, SyscallError) and e.errno == 3)
+        return gone and os.path.exists(f"/proc/{self.options.pid}/exe") and self.target.alive()
+
+    async def _send_layout(self) -> None:
+        warm(self.target.layout, self.options.mode)
+        d = diff(self._sent_layout, self.target.layout, self._anew)
+        self._sent_layout, self._anew = self.target.layout, RangeSet()
+        if not d:
+            return
+        await self.links.control.send(
+            {
+                "t": "layout",
+                "seq": self._seq + 1,
+                "diff": d.to_wire(),
+                "objects": self.target.object_sizes(),
+                "tids": self.target.tids(),
+                "membarrier": self.target.membarrier,
+            }
+        )
+
+    async def _copy(self, pages: RangeSet, gone: RangeSet) -> None:
+        self._seq += 1
+        parts = classify(self.target.layout, pages)
+        await self.links.control.send({"t": "round", "seq": self._seq}, gone.to_bytes())
+        await self._send_parts(self._seq, parts)
+        with trio.fail_after(_REPLY_TIMEOUT_S + pages.size / 1e6):
+            await self.links.control.expect("round-done")
+
+    async def _send_parts(self, seq: int, parts: list[tuple[RangeSet, int]]) -> None:
+        shares = _share(parts, len(self.senders))
+        if len(self.senders) == 1:
+            await self._send_share(self.senders[0], seq, shares[0])
+            return
+
+        async with trio.open_nursery() as nursery:
+            for sender, share in zip(self.senders, shares, strict=True):
+                nursery.start_soon(self._send_share, sender, seq, share)
+
+    async def _send_share(self, sender: BulkSender, seq: int, share: list[tuple[RangeSet, int]]) -> None:
+        stats = await sender.send_round(seq, share)
+        self._bulk_bytes += stats.bytes_wire
+        self._owed = self._owed | stats.skipped
+
+    async def _punch(self, pages: RangeSet) -> None:
+        await self.links.control.send({"t": "drop"}, pages.to_bytes())
+        with trio.fail_after(_REPLY_TIMEOUT_S):
+            await self.links.control.expect("dropped")
+
+    async def _drop_last(self, pages: RangeSet, gone: RangeSet) -> None:
+        """Has the pages of the last scan dropped while this host stops the process: nobody waits for the answer."""
+        lazy = pages & lazy_capable(self.target.layout, self.options.mode)
+        await self.links.control.send({"t": "drop", "last": True}, ((lazy - self._punched) | gone).to_bytes())
+        self._punched = self._punched | lazy
+        self._gone = RangeSet()
+        self._last_drop = True
+
+    def _record(self, action: Action, pages: int, started: float) -> None:
+        ms = (time.monotonic() - started) * 1e3
+        before = self.records[-1] if self.records else None
+        rate = pages / before.ms * 1e3 if before else 0.0
+        r = RoundRecord(
+            len(self.records),
+            action.value,
+            pages,
+            pages * 4096,
+            ms,
+            rate,
+            self.policy.estimate_ms(int(rate * 0.005)),
+        )
+        self.records.append(r)
+        self.emit({"event": "round", **asdict(r), "rate_mbps": r.rate_mbps})
+
+    # ---- the freeze
+
+    async def _hand_over(self) -> Event:
+        t: list[float] = []
+
+        def step(name: str) -> None:
+            t.append(time.perf_counter())
+            self._steps[name] = (t[-1] - t[-2]) * 1e3
+
+        beside(self.options.pid)
+        for tries_left in reversed(range(_FREEZE_TRIES)):
+            t[:] = [time.perf_counter()]
+            self.target.stop()
+            step("stop")
+            try:
+                captured = capture(self.target, self.dumper)
+                break
+            except RefusedError as e:
+                # An event that waits to be read, a message in a queue: the process takes it in a moment.
+                if not tries_left or any(r.code not in _PASSING for r in e.refusals):
+                    raise
+                self.target.let_run()
+                await trio.sleep(_THAW_S)
+        for path in self.files.changed():
+            await self.files.ship(path)
+        # The destination puts the state back while the memory is looked through here.
+        self.links.control.send_now({"t": "state", **captured.to_wire()})
+        step("state")
+        self.target.refresh_layout(with_flags=self.options.mode in (Mode.POSTCOPY, Mode.STOP_AND_COPY))
+        step("layout")
+        eager, lazy, gone = self._residual(captured)
+        step("scan")
+        same = self.target.layout is self._sent_layout and not self._anew
+        d = None if same else diff(self._sent_layout, self.target.layout, self._anew)
+        step("diff")
+        self.machine.to(Source.PREPARE)
+        self._seq += 1
+        frame: Event = {"t": "prepare", "seq": self._seq, "lazy_len": len(lazy) * 16}
+        frame["files"] = offers.writable_facts(captured.fds, self.target.layout)
+        if d:
+            frame["diff"] = d.to_wire()
+            frame["objects"] = self.target.object_sizes()
+        drop = (lazy - self._punched) | gone
+        self.links.control.send_now(frame, lazy.to_bytes() + drop.to_bytes())
+        step("send")
+        parts = classify(self.target.layout, eager)
+        if eager.size <= _FEW and len(self.senders) == 1:
+            self._bulk_bytes += self.senders[0].send_now(self._seq, parts).bytes_wire
+        else:
+            await self._send_parts(self._seq, parts)
+        step("eager")
+        self.pages = PageSource(self.options.pid, self.links.fault, self.senders)
+        self.pages.start(lazy)
+        if self._last_drop:
+            self.links.control.expect_now("dropped")
+        ready, _ = self.links.control.expect_now("ready")
+        step("prepare")
+        await self._commit(self.target.late_signals(captured.pending[0]))
+        step("commit")
+        downtime = (t[-1] - t[0]) * 1e3 - self.links.round_trip_ms / 2
+        anywhere()
+        give_way(None)
+        # Told only now: who shows it would compete for a processor with the freeze itself.
+        self.emit({"event": "freeze"})
+        self.emit({"event": "commit"})
+        self.emit({"event": "running", "downtime_ms": downtime, "breakdown": dict(self._steps)})
+        for warning in ready.get("warnings", []):
+            self.emit({"event": "warning", "text": str(warning)})
+        return await self._serve(lazy, eager, downtime)
+
+    def _residual(self, captured: Capture) -> tuple[RangeSet, RangeSet, RangeSet]:
+        """(eager, lazy, gone): pages to send in the freeze, to serve afterwards, and only to drop."""
+        mapped = self.target.mapped()
+        mode, layout = self.options.mode, self.target.layout
+        needed = eager_pages(self.options.pid, captured.threads)
+        if self.target.tracker is None:
+            return *split_eager(layout, self.target.present(), needed, mode), RangeSet()
+        exact = RangeSet() if mode is Mode.HYBRID else mapped.memory
+        dirty = self.target.tracker.final(mapped, exact | locked(layout))
+        self._anew = self._anew | dirty.fresh
+        pages = (dirty.pages | ((self._lazy | self._owed) & mapped.all)) | (
+            captured.untracked_shared & mapped.used
+        )
+        return *split_eager(layout, pages, needed, mode), (dirty.gone | self._gone) - pages
+
+    async def _commit(self, signals: list[int]) -> None:
+        """Sends the one frame that hands the process over; from here on this host never runs it again.
+
+        ``signals`` came too late for the state and are sent again over there.
+        """
+        self.machine.to(Source.COMMIT)
+        self.target.hold_frozen()
+        self._handed_over = True
+        with trio.CancelScope(shield=True):
+            try:
+                self.links.control.send_now({"t": "commit", "signals": signals})
+                self.links.control.expect_now("running")
+            except PeerLostError as lost:
+                await self._ask_again(lost)
+
+    async def _ask_again(self, lost: Exception) -> NoReturn:
+        """The commit's answer was lost: asks the destination which of us owns the process; never guesses."""
+        self.emit(
+            {"event": "warning", "text": "the answer to the commit was lost: asking the destination again"}
+        )
+        deadline = time.monotonic() + _ASK_AGAIN_S
+        while time.monotonic() < deadline:
+            verdict = await self.links.ask_verdict(self.options)
+            if verdict == "running":
+                raise PeerLostError(
+                    "the destination runs the process, but the connection broke before it had every page",
+                    code="link-lost",
+                    hint="threads that need a missing one wait; the original stays frozen here",
+                ) from lost
+            if verdict == "aborted":
+                self._handed_over = False
+                self.target.release_hold()
+                raise PeerLostError("the destination gave up before it took the process over") from lost
+            await trio.sleep(0.2)
+        raise PeerLostError(
+            "it cannot be told whether the destination runs the process; the original stays frozen",
+            code="commit-unknown",
+            hint="look for it on the destination; if it does not run there: kill -CONT it here",
+        ) from lost
+
+    # ---- after commit
+
+    async def _serve(self, lazy: RangeSet, eager: RangeSet, downtime: float) -> Event:
+        self.machine.to(Source.SERVE)
+        with trio.CancelScope(shield=True):
+            done: Event = {}
+
+            async def wait_done() -> None:
+                nonlocal done
+                while True:
+                    got, _ = await self.links.control.expect("progress", "done")
+                    if got["t"] == "done":
+                        done = got
+                        nursery.cancel_scope.cancel()
+                        return
+                    self.emit({"event": "drain", "left": got["left"], "total": lazy.pages})
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait_done)
+                await self.pages.push(lazy)
+                await trio.sleep_forever()
+            served = self.pages.stats()
+            self.pages.close()
+            self.machine.to(Source.RELEASE)
+            self.target.abandon()
+            await self.links.control.send({"t": "released"})
+            await self.links.aclose()
+            self.machine.to(Source.DONE)
+            self.target.close()
+            return self._report(downtime, done, served, lazy, eager)
+        raise AssertionError("nobody cancels this scope")
+
+    def _report(
+        self, downtime: float, done: Event, served: SourceStats, lazy: RangeSet, eager: RangeSet
+    ) -> Event:
+        copied = sum(r.pages for r in self.records if r.kind == "copy")
+        return {
+            "event": "done",
+            "pid": self.options.pid,
+            "mode": str(self.options.mode),
+            "downtime_ms": downtime,
+            "breakdown": self._steps,
+            "destination_breakdown": done.get("breakdown", {}),
+            "stall_ms": done["stall_ns"] / 1e6,
+            "total_ms": (time.monotonic() - self._started) * 1e3,
+            "rounds": [{**asdict(r), "rate_mbps": r.rate_mbps} for r in self.records],
+            "bytes": {
+                "bulk": self._bulk_bytes,
+                "push": served.pushed * 4096,
+                "fault": served.served * 4096,
+                "control": self.links.control.bytes_sent + self.links.control.bytes_received,
+            },
+            "pages": {"copied": copied, "eager": eager.pages, "lazy": lazy.pages, "pushed": served.pushed},
+            "faults": done["faults"],
+            "fault_histogram_us": done["hist"],
+            "peer": self.links.control.peer,
+        }
+
+
+def _share(parts: list[tuple[RangeSet, int]], n: int) -> list[list[tuple[RangeSet, int]]]:
+    """Deals parts out to ``n`` connections, in runs of about equal size."""
+    if n == 1:
+        return [parts]
+    shares: list[list[tuple[RangeSet, int]]] = [[] for _ in range(n)]
+    for pages, flags in parts:
+        for i, some in enumerate(pages.split(n)):
+            if some:
+                shares[i].append((some, flags))
+    return shares

@@ -1,0 +1,377 @@
+"""The process at the source: stopped for an instant to plant the tracker, read running, and frozen at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lazymig.arch import SYS, Registers
+from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
+from lazymig.kernel import ptrace
+from lazymig.kernel.inject import Injection, find_gadget
+from lazymig.kernel.pagemap import Pagemap, VmaSnapshots
+from lazymig.kernel.ptrace import ThreadState
+from lazymig.kernel.ranges import RangeSet
+from lazymig.process.descriptors import MappedObject, ObjectKey
+from lazymig.process.limits import MEMBARRIER_GET_REGISTRATIONS
+from lazymig.process.source import SourceProcess
+from lazymig.process.threads import source_registers
+from lazymig.process.vmas import PROT_WRITE, SHARED_MEMORY, Kind, Layout, Vma, read_layout, special
+from lazymig.track.shmem import ObjectExtents
+from lazymig.track.wp_async import Mapped, WpAsyncTracker, guard_pages
+from lazymig.uffd.uffd import FEATURES_TRACK, Userfaultfd
+
+_O_CLOEXEC_NONBLOCK = 0o2004000
+MAIN_CALLS, MAIN_SIZE = 1024, 256 << 10
+_STOP_TRIES, _STOP_NS, _STOP_PAUSE_S = 40, 250_000_000, 0.1
+THREAD_CALLS, THREAD_SIZE = 96, 16 << 10
+
+
+def pending_signals(tid: int) -> list[int]:
+    """Numbers of the signals that wait for a thread or its process (/proc/TID/status)."""
+    with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as f:
+        masks = [int(line.split()[1], 16) for line in f if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return [n + 1 for n in range(64) for m in masks if m >> n & 1]
+
+
+@dataclass(slots=True)
+class Stopped:
+    """All threads of the process, stopped, and what a tracer reads of them. The main thread is first."""
+
+    threads: list[ThreadState]
+
+    @property
+    def tids(self) -> list[int]:
+        """Their numbers."""
+        return [t.tid for t in self.threads]
+
+    def due(self, t: ThreadState) -> list[int]:
+        """Signals that wait for a thread: only looked up where the answer matters."""
+        return pending_signals(t.tid)
+
+
+class Target:
+    """The process that is moved. Whatever happens before commit, `let_run` leaves it as it was found."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.source = SourceProcess(pid)
+        self.snapshots = VmaSnapshots(pid)
+        self.extents = ObjectExtents(pid)
+        self.layout = Layout([])
+        self.tracker: WpAsyncTracker | None = None
+        self._stopped: Stopped | None = None
+        self._snapshot = b""
+        self.seccomp = False
+        self.membarrier = 0  # its registrations, as far as they are known before the freeze
+        self._calls: dict[
+            int, tuple[int, int]
+        ] = {}  # thread -> (instruction, number) of a call cut by a stop
+
+    def _has_seccomp(self) -> bool:
+        with open(f"/proc/{self.pid}/status", encoding="utf-8", errors="replace") as f:
+            return any(line.startswith("Seccomp:") and line.split()[1] != "0" for line in f)
+
+    @property
+    def stopped(self) -> Stopped:
+        """The stopped threads; only between `stop` and `let_run`."""
+        assert self._stopped is not None
+        return self._stopped
+
+    def tids(self) -> list[int]:
+        """Its threads' numbers, the main one first; a guess while it runs."""
+        if self._stopped is not None:
+            return self._stopped.tids
+        found = [int(t) for t in os.listdir(f"/proc/{self.pid}/task")]
+        return [self.pid, *(t for t in found if t != self.pid)]
+
+    def alive(self) -> bool:
+        """Whether it is there and no zombie."""
+        try:
+            return bool(os.listdir(f"/proc/{self.pid}/map_files"))
+        except FileNotFoundError:
+            return False
+
+    def children(self) -> list[int]:
+        """Its children, of whichever thread."""
+        found: list[int] = []
+        for tid in os.listdir(f"/proc/{self.pid}/task"):
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/{self.pid}/task/{tid}/children") as f:
+                found += map(int, f.read().split())
+        return found
+
+    # ---- stops
+
+    def stop(self) -> Stopped:
+        """Stops all threads."""
+        self.seccomp = self._has_seccomp()
+        options = ptrace.O_SUSPEND_SECCOMP if self.seccomp else 0
+        for tries_left in reversed(range(_STOP_TRIES)):
+            try:
+                tids = ptrace.stop_all(self.pid, options, _STOP_NS)
+                break
+            except SyscallError as e:
+                # A thread that waits for a disk holds up all others: let them run on, and try again.
+                if e.errno != errno.ETIMEDOUT or not tries_left:
+                    raise _explained(e, self.pid) from e
+                time.sleep(_STOP_PAUSE_S)
+        self._stopped = Stopped([])
+        try:
+            self._stopped.threads = [self._remember_call(ptrace.read_thread(t)) for t in tids]
+        except BaseException:
+            self._stopped = None
+            ptrace.detach_all(tids)
+            raise
+        return self._stopped
+
+    def _remember_call(self, t: ThreadState) -> ThreadState:
+        """Keeps the number of a call that goes on after this stop as restart_syscall(2).
+
+        That one cannot be made anywhere else, and does not tell what it stands for: who stops a thread has to
+        remember it. The call is the same while the thread stands at the same instruction.
+        """
+        r = Registers(t.regs)
+        if not r.restarts_by_block:
+            self._calls.pop(t.tid, None)
+        elif r.system_call != SYS.restart_syscall:
+            self._calls[t.tid] = (r["rip"], r.system_call or 0)
+        else:
+            place, call = self._calls.get(t.tid, (0, 0))
+            t.restarting = call if place == r["rip"] else 0
+        return t
+
+    def injection(self) -> Injection:
+        """System calls inside the stopped process; its threads' registers are put back at the end."""
+        assert self._stopped is not None
+        if not self._gadget:
+            vdso = special(read_layout(self.pid, with_flags=False), Kind.VDSO)
+            if vdso is None:
+                raise LazymigError("it has no vDSO", code="no-vdso", subject=f"pid {self.pid}")
+            self._gadget = find_gadget(self.pid, (vdso.start, vdso.end))
+        return Injection(self.pid, self._stopped.threads, self._gadget)
+
+    _gadget = 0
+
+    def let_run(self) -> None:
+        """Lets the stopped process go on as if nothing had been; no effect on a running one."""
+        stopped, self._stopped = self._stopped, None
+        if stopped is None:
+            return
+        for t in stopped.threads:
+            try:
+                regs = source_registers(t, stopped.due(t))
+                if regs != t.regs:
+                    ptrace.set_regs(t.tid, regs)
+            except (ProcessGoneError, FileNotFoundError):
+                continue
+        ptrace.detach_all(stopped.tids)
+
+    def hold_frozen(self) -> None:
+        """From now on it stays stopped even if this tracer dies: SIGSTOP waits for it behind the ptrace stop."""
+        os.kill(self.pid, signal.SIGSTOP)
+        self._held = True
+
+    def release_hold(self) -> None:
+        """Takes `hold_frozen` back: the process never sees the signal."""
+        if self._held:
+            self._held = False
+            # The main thread takes it: it alone is set going. A handler may run first, with registers of its own.
+            main = self.stopped.threads[0]
+            ptrace.swallow_signal(main.tid, signal.SIGSTOP)
+            main.regs = ptrace.get_regs(main.tid)
+
+    _held = False
+    _closed = False
+
+    def late_signals(self, known: Sequence[int]) -> list[int]:
+        """The last look before commit: signals that came since the state was read, beside those ``known``.
+
+        Raises ProcessGoneError when it was killed meanwhile.
+        """
+        try:
+            now = pending_signals(self.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            now = [signal.SIGKILL]
+        if signal.SIGKILL in now:
+            raise ProcessGoneError("it was killed in the freeze", subject=f"pid {self.pid}")
+        return sorted(set(now) - set(known))
+
+    def guards(self, places: RangeSet) -> RangeSet:
+        """Guard pages among ``places``."""
+        pagemap = Pagemap(self.pid)
+        try:
+            return guard_pages(pagemap, places)
+        finally:
+            pagemap.close()
+
+    def abandon(self) -> None:
+        """Kills the original: every page has arrived at the destination."""
+        # Taking its memory down takes long, and whatever else runs here is in more of a hurry.
+        for tid in self.stopped.tids:
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(tid, os.SCHED_IDLE, os.sched_param(0))
+        self._stopped = None
+        self._held = False
+        try:
+            os.kill(self.pid, 9)
+        except ProcessLookupError:
+            return
+
+    # ---- memory
+
+    def refresh_layout(self, *, with_flags: bool, anew: bool = False) -> Layout:
+        """Reads the layout when it changed since the last time, or ``anew`` in any case."""
+        snapshot = self.snapshots.take()
+        if anew or snapshot != self._snapshot or (with_flags and not self._flags_known):
+            self.layout = read_layout(self.pid, with_flags=with_flags, known=self.layout)
+            self._snapshot = snapshot
+            self._flags_known = with_flags
+            self._mapped = None
+            self._objects = None
+        return self.layout
+
+    _flags_known = False
+    _mapped: Mapped | None = None
+    _objects: dict[ObjectKey, MappedObject] | None = None
+
+    def mapped(self) -> Mapped:
+        """The current layout as the tracker wants it."""
+        if self._mapped is None:
+            layout = self.layout
+            self._mapped = Mapped(
+                memory=layout.ranges(Kind.ANON, Kind.STACK),
+                files=layout.ranges(Kind.FILE),
+                shared=layout.ranges(*SHARED_MEMORY),
+                vmas=[(v.start, v.end) for v in layout if v.copied],
+            )
+            self._shared_vmas = [v for v in layout if v.shared_memory]
+        self._mapped.used = self.extents.used(self._shared_vmas) if self._mapped.shared else RangeSet()
+        return self._mapped
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[Mapped]:
+        """Stops the process for as long as the context lasts; gives its layout, which does not change then."""
+        self.stop()
+        try:
+            self.refresh_layout(with_flags=False)
+            yield self.mapped()
+        finally:
+            self.let_run()
+
+    def plant_tracker(self) -> WpAsyncTracker:
+        """Makes a userfaultfd inside the process and takes it away: the process keeps no descriptor."""
+        self.refresh_layout(with_flags=True)
+        self.stop()
+        try:
+            with self.injection() as inj:
+                fd = inj.step("userfaultfd", SYS.userfaultfd, _O_CLOEXEC_NONBLOCK)
+                try:
+                    ours = self.source.getfd(fd)
+                finally:
+                    inj.step("close", SYS.close, fd)
+                with contextlib.suppress(SyscallError):
+                    self.membarrier = inj.step("membarrier", SYS.membarrier, MEMBARRIER_GET_REGISTRATIONS)
+        finally:
+            self.let_run()
+        uffd = Userfaultfd(ours)
+        uffd.api(FEATURES_TRACK)
+        self.tracker = WpAsyncTracker(self.pid, uffd)
+        return self.tracker
+
+    def replant_tracker(self) -> None:
+        """After exec: the old address space is gone, and all that was known of it."""
+        self.forget_tracker()
+        self._snapshot = b""
+        self._flags_known = False
+        self._gadget = 0
+        self.snapshots.close()
+        self.snapshots = VmaSnapshots(self.pid)
+        self.plant_tracker()
+
+    def forget_tracker(self) -> None:
+        """Ends tracking; the kernel forgets all registrations with the last descriptor."""
+        tracker, self.tracker = self.tracker, None
+        if tracker is not None:
+            tracker.close()
+
+    def mapped_objects(self) -> dict[ObjectKey, MappedObject]:
+        """Memory objects and nameless files that are mapped, as the descriptor dump wants to know them.
+
+        What of a memfd is mapped travels as memory, what of a deleted file does so with the descriptors.
+        """
+        if self._objects is not None:
+            return self._objects
+        found: dict[ObjectKey, MappedObject] = {}
+        self._objects = found
+        for v in self.layout:
+            nameless = v.deleted and v.kind in (Kind.FILE, Kind.SHARED_FILE)
+            if v.kind is not Kind.MEMFD and not nameless:
+                continue
+            before = found.get(v.object_key)
+            ranges = () if nameless else (*(before.ranges if before else ()), (v.offset, v.size))
+            shared = v.kind is not Kind.FILE and bool(v.prot & PROT_WRITE)
+            found[v.object_key] = MappedObject(
+                map_file=f"/proc/{self.pid}/map_files/{v.start:x}-{v.end:x}",
+                name=v.path,
+                ranges=ranges,
+                writable=shared or bool(before and before.writable),
+            )
+        return found
+
+    def object_sizes(self) -> list[tuple[int, int, int]]:
+        """(device, inode, bytes) of the shared memory objects that the process maps."""
+        return self.extents.sizes(self.layout)
+
+    def present(self) -> RangeSet:
+        """All pages with content, without tracking: what a plain copy must send."""
+        pagemap = Pagemap(self.pid)
+        try:
+            return WpAsyncTracker.everything(pagemap, self.mapped())
+        finally:
+            pagemap.close()
+
+    def open_mapped_file(self, vma: Vma) -> int:
+        """The very file that is mapped, even when its name is gone."""
+        return os.open(f"/proc/{self.pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Lets go of everything; the process runs on if it was stopped. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.release_hold()
+        self.let_run()
+        self.forget_tracker()
+        self.extents.close()
+        self.snapshots.close()
+        self.source.close()
+
+
+def _explained(e: SyscallError, pid: int) -> LazymigError:
+    if e.errno == errno.EPERM:
+        return LazymigError(
+            "it cannot be traced: another tracer has it, or this user may not",
+            code="not-traceable",
+            subject=f"pid {pid}",
+            hint="end the debugger or strace, and run lazymig as root",
+        )
+    if e.errno == errno.EBUSY:
+        return LazymigError(
+            "it is stopped by a signal",
+            code="process-stopped",
+            subject=f"pid {pid}",
+            hint=f"kill -CONT {pid} first",
+        )
+    if e.errno == errno.ETIMEDOUT:
+        return LazymigError(
+            "a thread does not stop: it is stuck in the kernel",
+            code="thread-not-stopping",
+            subject=f"pid {pid}",
+            hint="try again later; the process runs on",
+        )
+    return e

@@ -1,0 +1,1 @@
+"""The messages of process state, generated from protos/."""

@@ -1,0 +1,163 @@
+"""Credentials of a thread: users, groups, capabilities, securebits, no_new_privs (credentials(7), capabilities(7)).
+
+In Linux every thread has its own; only the C library keeps them equal.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable
+
+from lazymig.arch import SYS
+from lazymig.errors import LazymigError
+from lazymig.kernel.batch import Batch, Call, Steps
+from lazymig.pb import core_pb2, creds_pb2
+
+_CAP_HEADER = struct.pack("<Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+_CAP_DATA = struct.Struct("<6I")  # effective, permitted, inheritable: low words, then the high ones
+_CAPS = range(41)  # all there are up to Linux 6.18
+_STATUS = re.compile(rb"^(Cap(?:Inh|Prm|Eff|Bnd|Amb)|NoNewPrivs):\t([0-9a-f]+)$", re.MULTILINE)
+_STATUS_LINES = 6
+_FEW_GROUPS = 256  # as many as are asked for at once
+
+_PR_GET_PDEATHSIG, _PR_SET_PDEATHSIG = 2, 1
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
+_PR_CAPBSET_DROP = 24
+_PR_GET_SECUREBITS, _PR_SET_SECUREBITS = 27, 28
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT, _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 47, 2, 4
+
+# While users change: KEEP_CAPS and NO_SETUID_FIXUP, so that no capability is lost on the way (linux/securebits.h).
+_KEEP_ALL = 1 << 4 | 1 << 2
+_MAX_CALLS = 48  # in one run; a thread's batch holds 64
+_SAME = 0xFFFFFFFF  # no valid id: setfsuid and setfsgid only tell
+
+
+def _words(bits: int) -> list[int]:
+    return [bits & 0xFFFFFFFF, bits >> 32]
+
+
+def _bits(words: Iterable[int]) -> int:
+    return sum(w << 32 * i for i, w in enumerate(words)) & (1 << 64) - 1
+
+
+def _read_status(tid: int) -> dict[str, int]:
+    """The Cap and NoNewPrivs lines of /proc/TID/status (proc(5)), about 20 us.
+
+    Asking for a bounding set takes a call for each capability, which is far more for a process of many threads.
+    """
+    fd = os.open(f"/proc/{tid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(fd, 1 << 20)
+    finally:
+        os.close(fd)
+    found = {name.decode(): int(value, 16) for name, value in _STATUS.findall(text)}
+    if len(found) != _STATUS_LINES:
+        raise LazymigError("capabilities not found in /proc", code="bad-procfs", subject=f"thread {tid}")
+    return found
+
+
+def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
+    """Sets ``core.creds``, and what changing them would clear: ``pdeath_sig`` and ``dumpable``."""
+    subject = f"thread {tid}"
+    ids = b.out(24)
+    users = b.call(SYS.getresuid, ids.addr, ids.addr + 4, ids.addr + 8)
+    groups = b.call(SYS.getresgid, ids.addr + 12, ids.addr + 16, ids.addr + 20)
+    fsuid, fsgid = b.call(SYS.setfsuid, _SAME), b.call(SYS.setfsgid, _SAME)
+    extra = b.out(4 * _FEW_GROUPS)
+    count = b.call(SYS.getgroups, _FEW_GROUPS, extra.addr)
+    secbits = b.call(SYS.prctl, _PR_GET_SECUREBITS)
+    dumpable = b.call(SYS.prctl, _PR_GET_DUMPABLE, 0, 0, 0, 0)
+    sig = b.out(4)
+    pdeath = b.call(SYS.prctl, _PR_GET_PDEATHSIG, sig.addr)
+    caps = _read_status(tid)
+    yield
+    users.check("getresuid", subject)
+    groups.check("getresgid", subject)
+    pdeath.check("prctl(PR_GET_PDEATHSIG)", subject)
+    group_list = extra.data[: 4 * max(count.ret, 0)]
+    if count.ret < 0:  # EINVAL: there are more than was room for
+        how_many = b.call(SYS.getgroups, 0, 0)
+        yield
+        more = b.out(4 * how_many.check("getgroups", subject))
+        count = b.call(SYS.getgroups, how_many.ret, more.addr)
+        yield
+        count.check("getgroups", subject)
+        group_list = more.data
+
+    ruid, euid, suid, rgid, egid, sgid = struct.unpack("<6I", ids.data)
+    core.creds.CopyFrom(
+        creds_pb2.creds_entry(
+            uid=ruid, euid=euid, suid=suid, gid=rgid, egid=egid, sgid=sgid,
+            fsuid=fsuid.ret & _SAME, fsgid=fsgid.ret & _SAME,
+            cap_eff=_words(caps["CapEff"]), cap_prm=_words(caps["CapPrm"]), cap_inh=_words(caps["CapInh"]),
+            cap_bnd=_words(caps["CapBnd"]), cap_amb=_words(caps["CapAmb"]),
+            secbits=secbits.check("prctl(PR_GET_SECUREBITS)", subject),
+            groups=struct.unpack(f"<{len(group_list) // 4}I", group_list),
+            no_new_privs=caps["NoNewPrivs"],
+        )
+    )  # fmt: skip
+    core.dumpable = dumpable.check("prctl(PR_GET_DUMPABLE)", subject)
+    core.pdeath_sig = int.from_bytes(sig.data, "little")
+
+
+def _capset(b: Batch, eff: int, prm: int, inh: int) -> Call:
+    low, high = ([_words(bits)[i] for bits in (eff, prm, inh)] for i in (0, 1))
+    return b.call(SYS.capset, b.put(_CAP_HEADER), b.put(_CAP_DATA.pack(*low, *high)))
+
+
+def restore(
+    b: Batch, core: core_pb2.thread_core_entry, tid: int, blob_at: Callable[[bytes], int]
+) -> Steps[None]:
+    """Takes on ``core.creds``, then sets again what the kernel clears at that. The thread must be root's.
+
+    A bounding set can only shrink: where the destination's own has less, the process's has less too.
+    Raises SyscallError, also when a capability that the process had cannot be had here.
+    """
+    subject = f"thread {tid}"
+    c = core.creds
+    groups = struct.pack(f"<{len(c.groups)}I", *c.groups)
+    eff, prm, inh, bnd, amb = map(_bits, (c.cap_eff, c.cap_prm, c.cap_inh, c.cap_bnd, c.cap_amb))
+    had = b.out(_CAP_DATA.size)
+    calls = [
+        ("prctl(PR_SET_SECUREBITS)", b.call(SYS.prctl, _PR_SET_SECUREBITS, _KEEP_ALL, 0, 0, 0)),
+        ("setgroups", b.call(SYS.setgroups, len(c.groups), blob_at(groups) if groups else 0)),
+        ("setresgid", b.call(SYS.setresgid, c.gid, c.egid, c.sgid)),
+        ("setresuid", b.call(SYS.setresuid, c.uid, c.euid, c.suid)),
+        ("prctl(PR_CAP_AMBIENT)", b.call(SYS.prctl, _PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0)),
+        ("capget", b.call(SYS.capget, b.put(_CAP_HEADER), had.addr)),
+    ]
+    b.call(SYS.setfsgid, c.fsgid)  # these two only ever tell the id before
+    b.call(SYS.setfsuid, c.fsuid)
+    yield
+    for what, call in calls:
+        call.check(what, subject)
+    words = _CAP_DATA.unpack(had.data)
+    now_eff, now_prm = _bits((words[0], words[3])), _bits((words[1], words[4]))
+
+    # Inheritable ones come before the bounding set shrinks (they may be outside of it), and before ambient ones,
+    # which must be inheritable and permitted. The final securebits may forbid to raise those, and CAP_SETPCAP,
+    # which all of this needs, may be among what is given up: so those two come last.
+    calls = [("capset", _capset(b, now_eff, now_prm, inh))]
+    raises = [(_PR_CAP_AMBIENT, _AMBIENT_RAISE, n, 0, 0) for n in _CAPS if amb >> n & 1]
+    drops = [(_PR_CAPBSET_DROP, n, 0, 0, 0) for n in _CAPS if not bnd >> n & 1]
+    for args in raises + drops:
+        if len(calls) == _MAX_CALLS:
+            yield
+            for what, call in calls:
+                call.check(what, subject)
+            calls = []
+        calls.append((f"prctl({args[0]}) of a capability", b.call(SYS.prctl, *args)))
+    calls.append(("prctl(PR_SET_SECUREBITS)", b.call(SYS.prctl, _PR_SET_SECUREBITS, c.secbits, 0, 0, 0)))
+    calls.append(("capset", _capset(b, eff, prm, inh)))
+    if c.no_new_privs:
+        calls.append(("prctl(PR_SET_NO_NEW_PRIVS)", b.call(SYS.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)))
+    calls.append(("prctl(PR_SET_PDEATHSIG)", b.call(SYS.prctl, _PR_SET_PDEATHSIG, core.pdeath_sig)))
+    # 2, which only the kernel may set, is stricter than 0 only towards core dumps.
+    dumpable = int(core.dumpable == 1)
+    calls.append(("prctl(PR_SET_DUMPABLE)", b.call(SYS.prctl, _PR_SET_DUMPABLE, dumpable, 0, 0, 0)))
+    yield
+    for what, call in calls:
+        call.check(what, subject)

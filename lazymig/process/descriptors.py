@@ -1,0 +1,556 @@
+"""Descriptors of a process: what cannot be moved, a dump of the rest, and its making at the destination.
+
+At the source a duplicate of every descriptor (pidfd_getfd(2)) and fdinfo say all there is to know, so nothing
+runs inside the process. At the destination each is made in the worker, and passed into the husk from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lazymig.arch import SYS
+from lazymig.errors import ProtocolError, Refusal, RefusedError
+from lazymig.kernel.batch import Batch, Call, Steps
+from lazymig.pb import descriptors_pb2, fdinfo_pb2, remap_file_path_pb2
+from lazymig.process.fd_memfd import fill_memfd, make_memfd, memfd_name, seal, take_memfd
+from lazymig.process.fd_reg import DELETED, fill_ghost, ghost_key, make_ghost, take_ghost
+from lazymig.process.fdinfo import FL_FLOCK, FL_OFDLCK, FL_POSIX, FdInfo
+from lazymig.process.fdkind import (
+    F_SETOWN_EX,
+    F_SETSIG,
+    O_ASYNC,
+    SPECIAL_ID,
+    DescriptorError,
+    DumpContext,
+    Kind,
+    MappedObject,
+    ObjectKey,
+    OpenFile,
+    RestoreContext,
+    StdioPolicy,
+    kind_of_type,
+    kinds,
+)
+from lazymig.process.source import Row, SourceProcess
+
+__all__ = [
+    "DescriptorDumper",
+    "DescriptorError",
+    "DescriptorRestorer",
+    "MappedObject",
+    "ObjectKey",
+    "Placement",
+    "StdioPolicy",
+    "boot_digest",
+    "refusals",
+]
+
+TcpPolicy = Literal["refuse", "close"]
+CONTENT_LIMIT = 64 << 20  # bytes of nameless content that may travel inside the freeze
+MAX_FD = 1 << 20
+FD_CLOEXEC = 1
+F_OFD_SETLK = 37
+CALLS_AT_ONCE = 64
+
+_ANON = {
+    "anon_inode:[io_uring]": "an io_uring",
+    "anon_inode:[userfaultfd]": "a userfaultfd",
+    "anon_inode:[perf_event]": "a perf event",
+    "anon_inode:[fanotify]": "a fanotify group",
+    "anon_inode:bpf-map": "a BPF map",
+    "anon_inode:bpf-prog": "a BPF program",
+    "anon_inode:kvm-vm": "a virtual machine",
+    "anon_inode:seccomp notify": "a seccomp listener",
+    "/secretmem (deleted)": "secret memory",
+}
+_FAMILIES: dict[int, str] = {
+    socket.AF_NETLINK: "a netlink socket",
+    socket.AF_PACKET: "a packet socket",
+    socket.AF_VSOCK: "a vsock socket",
+    socket.AF_ALG: "a kernel crypto socket",
+}
+
+
+def boot_digest() -> int:
+    """A number that two processes share if they run on the same booted kernel."""
+    with open("/proc/sys/kernel/random/boot_id", "rb") as f:
+        return int.from_bytes(hashlib.sha256(f.read()).digest()[:8], "little")
+
+
+def _describe(f: OpenFile) -> str:
+    """What an unsupported descriptor is, in words."""
+    if f.link.startswith("socket:["):
+        proto = f.sockopt(socket.SO_PROTOCOL)
+        if f.family in (socket.AF_INET, socket.AF_INET6):
+            return {262: "an MPTCP socket", 132: "an SCTP socket"}.get(
+                proto, f"a raw socket (protocol {proto})"
+            )
+        return _FAMILIES.get(f.family, f"a socket of family {f.family}")
+    if f.link in _ANON:
+        return _ANON[f.link]
+    if f.link.startswith("anon_inode:"):
+        return "a descriptor of a kind not known"
+    name, bracket, _ = f.link.partition(":[")
+    return f"a namespace ({name})" if bracket else "of a kind not known"
+
+
+class DescriptorDumper:
+    """Reads the descriptors of one process, any number of times; remembers what later dumps need not repeat.
+
+    ``limit`` bounds the content (bytes) of nameless files that may travel inside the freeze.
+    """
+
+    def __init__(
+        self,
+        src: SourceProcess,
+        *,
+        stdio: StdioPolicy | None = None,
+        tcp: TcpPolicy = "refuse",
+        limit: int = CONTENT_LIMIT,
+    ) -> None:
+        self.src = src
+        self.stdio = stdio or StdioPolicy()
+        self.tcp = tcp
+        self.limit = limit
+        self._outside: set[str] = set()
+        self._checked: set[str] = set()
+        self._settled: dict[ObjectKey, tuple[int, int, int]] = {}
+        self._kept: dict[tuple[str, object], object] = {}
+        self._seen: dict[int, tuple[Row, FdInfo, fdinfo_pb2.file_entry]] = {}
+        self._boot = boot_digest()
+
+    def refusals(self, mapped: Mapping[ObjectKey, MappedObject] | None = None) -> list[Refusal]:
+        """All that cannot be moved, while the process runs and is not touched. Changes no later dump."""
+        settled, self._settled = self._settled, {}
+        try:
+            return self._run(False, mapped or {}).refusals
+        finally:
+            self._settled = settled
+
+    def draft(
+        self, mapped: Mapping[ObjectKey, MappedObject] | None = None
+    ) -> descriptors_pb2.DescriptorsDump:
+        """What can be told while the process runs; every draft has to reach the restorer. Raises RefusedError."""
+        return self._checked_run(False, mapped or {})
+
+    def final(
+        self, mapped: Mapping[ObjectKey, MappedObject] | None = None
+    ) -> descriptors_pb2.DescriptorsDump:
+        """Everything, of a process whose threads are all stopped. Raises RefusedError."""
+        return self._checked_run(True, mapped or {})
+
+    def _checked_run(
+        self, content: bool, mapped: Mapping[ObjectKey, MappedObject]
+    ) -> descriptors_pb2.DescriptorsDump:
+        ctx = self._run(content, mapped)
+        if ctx.refusals:
+            raise RefusedError(ctx.refusals)
+        return ctx.out
+
+    def _run(self, content: bool, mapped: Mapping[ObjectKey, MappedObject]) -> DumpContext:
+        if not content:
+            self._checked.clear()
+        ctx = DumpContext(
+            src=self.src,
+            stdio=self.stdio,
+            tcp=self.tcp,
+            content=content,
+            mapped=mapped,
+            outside=lambda links: self._held_outside(links, ctx),
+            settled=self._settled,
+            kept=self._kept,
+            budget=self.limit,
+        )
+        ctx.out.content, ctx.out.pid, ctx.out.boot = content, self.src.nspid, self._boot
+        try:
+            ctx.files = [OpenFile(self.src, row) for row in self.src.scan(self.src.fds())]
+            self._rows(ctx)
+            self._mapped_only(ctx)
+        finally:
+            for f in ctx.files:
+                f.close()
+            for value in ctx.shared.values():
+                if isinstance(value, socket.socket):
+                    value.close()
+        return ctx
+
+    def _rows(self, ctx: DumpContext) -> None:
+        """One row per descriptor; one entry per open file description."""
+        by_link: dict[str, list[OpenFile]] = {}
+        for f in ctx.files:
+            by_link.setdefault(f.link, []).append(f)
+            f.id = f.fd + 1
+        for group in by_link.values():
+            if len(group) > 1:
+                first = self.src.groups([f.fd for f in group])
+                for f in group:
+                    f.id = first[f.fd] + 1
+        taken: dict[int, int] = {}
+        for f in ctx.files:
+            if f.id not in taken:
+                try:
+                    number = self._entry(f, ctx)
+                except OSError as e:
+                    if ctx.content or e.errno not in (errno.ENOENT, errno.EBADF):
+                        raise DescriptorError(f"cannot be read: {e.strerror}", subject=f.subject) from e
+                    continue  # closed since this draft was begun
+                finally:
+                    f.close()
+                if number is None:
+                    continue
+                taken[f.id] = number
+            cloexec = FD_CLOEXEC if f.info.flags & os.O_CLOEXEC else 0
+            row = ctx.out.fd.add(id=f.id, flags=cloexec, fd=f.fd)
+            row.type = taken[f.id]  # type: ignore[assignment]
+
+    def _entry(self, f: OpenFile, ctx: DumpContext) -> int | None:
+        """Adds the file's entry; its type, or None when it was refused."""
+        seen = self._seen.get(f.fd) if ctx.content else None
+        if seen and seen[0].link == f.link and seen[0].info == f.row.info and seen[2].id == f.id:
+            f.info, entry = seen[1:]
+            kind_of_type(entry.type).renew(f, entry)
+            ctx.out.file.append(entry)
+            return entry.type
+        kind = next((k for k in kinds() if k.claims(f)), None)
+        if kind is None:
+            ctx.refuse(f, _describe(f), hint="it can't be moved yet; close it before the move")
+            return None
+        before = len(ctx.refusals)
+        entry = fdinfo_pb2.file_entry(id=f.id)
+        entry.type = kind.type  # type: ignore[assignment]
+        kind.dump(f, entry, ctx)
+        if len(ctx.refusals) > before:
+            return None
+        ctx.out.file.append(entry)
+        # Locks and deleted files add to the dump more than the entry. A connection that is to be cut has no state.
+        told = (kind.in_fdinfo or entry.isk.cut) and entry.type == kind.type
+        if told and not f.link.endswith(DELETED) and b"lock:" not in f.row.info:
+            self._seen[f.fd] = (f.row, f.info, entry)
+        return entry.type
+
+    def _mapped_only(self, ctx: DumpContext) -> None:
+        """Objects that are mapped, but not open."""
+        for key, m in ctx.mapped.items():
+            if ("memfd", key) in ctx.shared or ("ghost", key) in ctx.shared:
+                continue
+            fd = os.open(m.map_file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if m.name.startswith("/memfd:"):
+                    take_memfd(key, memfd_name(m.name), fd, None, ctx)
+                elif stat.S_ISREG(os.fstat(fd).st_mode):
+                    take_ghost(key, m.name.removesuffix(DELETED), fd, None, ctx)
+            finally:
+                os.close(fd)
+
+    def _held_outside(self, links: Collection[str], ctx: DumpContext) -> set[str]:
+        """Which of these pipes, sockets and named pipes other processes have open too."""
+        if not set(links) <= self._checked:
+            self._scan({f.borrowed for f in ctx.files})
+            self._checked.update(links)
+        return self._outside & set(links)
+
+    def _scan(self, borrowed: set[int]) -> None:
+        self._outside.clear()
+        inside = set()
+        for fd in self.src.fds():
+            with contextlib.suppress(FileNotFoundError):
+                inside.add(self.src.link(fd))
+        self._checked |= inside
+        for pid in os.listdir("/proc"):
+            if not pid.isdigit() or int(pid) == self.src.pid:
+                continue
+            folder = f"/proc/{pid}/fd"
+            own = borrowed if int(pid) == os.getpid() else set()
+            with contextlib.suppress(OSError):
+                for number in os.listdir(folder):
+                    with contextlib.suppress(OSError):
+                        link = os.readlink(f"{folder}/{number}")
+                        if link in inside and int(number) not in own:
+                            self._outside.add(link)
+
+
+def refusals(
+    src: SourceProcess, stdio: StdioPolicy | None = None, *, tcp: TcpPolicy = "refuse"
+) -> list[Refusal]:
+    """What of a running process's descriptors cannot be moved; nothing is stopped or changed."""
+    return DescriptorDumper(src, stdio=stdio, tcp=tcp).refusals()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Descriptor ``fd`` of the process is a duplicate of this process's ``local_fd``."""
+
+    fd: int
+    local_fd: int
+    cloexec: bool
+
+
+def check(dump: descriptors_pb2.DescriptorsDump) -> None:
+    """Refuses what no honest source sends; raises ProtocolError."""
+    numbers = [r.fd for r in dump.fd]
+    ids = {f.id for f in dump.file}
+    if len(set(numbers)) != len(numbers) or any(n >= MAX_FD for n in numbers):
+        raise ProtocolError("descriptor numbers are not distinct or too large")
+    if len(ids) != len(dump.file) or not {r.id for r in dump.fd} <= ids:
+        raise ProtocolError("descriptors and open files do not fit together")
+    ghosts = {g.id for g in dump.ghost}
+    if any(r.remap_id not in ghosts or r.remap_type != remap_file_path_pb2.GHOST for r in dump.remap):
+        raise ProtocolError("a file without a name is missing")
+    if any(lock.file not in ids for lock in dump.lock):
+        raise ProtocolError("a lock belongs to no open file")
+
+
+class DescriptorRestorer:
+    """Makes a process's descriptors in this process. ``pid`` is the husk's here (for pidfds; may be set later)."""
+
+    def __init__(self, *, root: str = "/", pid: int = 0) -> None:
+        self.root = root
+        self.pid = pid
+        self.warnings: list[str] = []
+        self._boot = boot_digest()
+        self._objects: dict[ObjectKey, int] = {}
+        self._early: dict[Hashable, int] = {}
+        self._ctx: RestoreContext | None = None
+        self._made: dict[int, int] = {}
+
+    def object(self, dev: int, ino: int) -> int | None:
+        """The local descriptor (read-write) of a memfd or deleted file, by its st_dev and st_ino at the source."""
+        return self._objects.get((dev, ino))
+
+    def prepare(self, draft: descriptors_pb2.DescriptorsDump) -> None:
+        """Opens what can be opened while the source runs; may be called with every new draft.
+
+        Raises DescriptorError naming descriptor and path of what can't be had here.
+        """
+        ctx = self._context(draft)
+        _make_room(2 * len(draft.file))
+        try:
+            self._make_objects(ctx)
+            entries = self._entries(ctx)
+            keys = self._keep_early(entries, ctx)
+            for entry, kind in entries:
+                key = keys.get(entry.id)
+                if key is not None and key not in self._early:
+                    self._early[key] = self._make(kind, entry, ctx)
+        finally:
+            _close_all(ctx.temporary)
+
+    def finish(self, final: descriptors_pb2.DescriptorsDump) -> list[Placement]:
+        """Makes everything as it was when the source stopped; what prepare opened is used where it still fits."""
+        if not final.content:
+            raise ProtocolError("a draft cannot be the last word on descriptors")
+        ctx = self._ctx = self._context(final)
+        ctx.made = self._made
+        entries = self._entries(ctx)
+        self._make_objects(ctx)
+        try:
+            keys = self._keep_early(entries, ctx)
+            for entry, kind in entries:
+                early = self._early.pop(keys.get(entry.id), None)
+                ctx.made[entry.id] = early if early is not None else self._make(kind, entry, ctx)
+            for last in (False, True):
+                todo = [(e, k) for e, k in entries if k.last is last]
+                for entry, kind in todo:
+                    self._try(kind.adjust, entry, ctx)
+                for entry, kind in todo:
+                    self._try(kind.settle, entry, ctx)
+                _close_all(ctx.temporary)
+        finally:
+            _close_all(ctx.temporary)
+        return [Placement(r.fd, ctx.made[r.id], bool(r.flags & FD_CLOEXEC)) for r in final.fd]
+
+    def after_install(self, b: Batch) -> Steps[None]:
+        """Calls of the husk, once every descriptor is in it under its number and none will be closed any more.
+
+        epoll lists, file locks (closing any descriptor of a file would drop them) and owners of signals.
+        """
+        ctx = self._final()
+        fds: dict[int, list[int]] = {}
+        for r in ctx.dump.fd:
+            fds.setdefault(r.id, []).append(r.fd)
+        for entry, kind in self._entries(ctx):
+            yield from kind.install(b, entry, fds, ctx)
+            yield from _own(b, kind, entry, fds[entry.id][0], ctx)
+        yield from _lock(b, fds, ctx)
+        self.warnings += ctx.warnings
+        ctx.warnings = []
+
+    def apply_seals(self) -> None:
+        """Seals memfds; after all their memory was written."""
+        ctx = self._final()
+        for m in ctx.dump.memfd:
+            seal(ctx.objects[m.head.dev, m.head.ino], m)
+
+    def shipped(self) -> None:
+        """Closes this process's own copies: the husk has them now. Objects stay until `close`."""
+        while self._made:
+            os.close(self._made.popitem()[1])
+
+    def committed(self) -> None:
+        """The process runs here now: what was set aside for a failure goes."""
+        ctx, self._ctx = self._ctx, None
+        for confirm in ctx.confirm if ctx else ():
+            confirm()
+
+    def close(self) -> None:
+        """Closes all; before `committed`, also puts back what was set aside. Safe to call twice."""
+        self.shipped()
+        self._drop_early()
+        while self._objects:
+            os.close(self._objects.popitem()[1])
+        ctx, self._ctx = self._ctx, None
+        for step in reversed(ctx.undo if ctx else []):
+            with contextlib.suppress(OSError):
+                step()
+
+    def _keep_early(
+        self, entries: list[tuple[fdinfo_pb2.file_entry, Kind]], ctx: RestoreContext
+    ) -> dict[int, Hashable]:
+        """Closes what was opened early and fits no more, before anything new needs its place (a port).
+
+        Returns the keys under which the rest is kept, or may be, by file id.
+        """
+        keys: dict[int, Hashable] = {}
+        for entry, kind in entries:
+            if kind.early and (key := kind.key(entry, ctx)) is not None:
+                known = self._early.get((entry.id, key))
+                if known is not None and not kind.usable(known, entry, ctx):
+                    os.close(self._early.pop((entry.id, key)))
+                keys[entry.id] = (entry.id, key)
+        for key in self._early.keys() - keys.values():
+            os.close(self._early.pop(key))
+        return keys
+
+    def _drop_early(self) -> None:
+        while self._early:
+            os.close(self._early.popitem()[1])
+
+    def _final(self) -> RestoreContext:
+        if self._ctx is None:
+            raise DescriptorError("finish was not called")
+        return self._ctx
+
+    def _context(self, dump: descriptors_pb2.DescriptorsDump) -> RestoreContext:
+        check(dump)
+        ctx = RestoreContext(root=self.root, dump=dump, pid=self.pid, objects=self._objects)
+        ctx.same_kernel = dump.boot == self._boot
+        keys = {g.id: ghost_key(g) for g in dump.ghost}
+        ctx.ghosts = {r.orig_id: keys[r.remap_id] for r in dump.remap}
+        return ctx
+
+    def _entries(self, ctx: RestoreContext) -> list[tuple[fdinfo_pb2.file_entry, Kind]]:
+        """Entries that have a descriptor; others only tell more about these."""
+        open_ids = {r.id for r in ctx.dump.fd}
+        return [(e, kind_of_type(e.type)) for e in ctx.dump.file if e.id in open_ids and e.id < SPECIAL_ID]
+
+    def _make_objects(self, ctx: RestoreContext) -> None:
+        final = ctx.dump.content
+        for m in ctx.dump.memfd:
+            key = (m.head.dev, m.head.ino)
+            if key not in self._objects:
+                self._objects[key] = make_memfd(m)
+            fill_memfd(self._objects[key], m)
+        for g in ctx.dump.ghost:
+            key = ghost_key(g)
+            if key not in self._objects:
+                if g.same:
+                    raise ProtocolError("a file's content is said to be known, but it is not")
+                self._objects[key] = make_ghost(g, ctx)
+            fill_ghost(self._objects[key], g, final)
+
+    def _make(self, kind: Kind, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> int:
+        try:
+            return kind.make(entry, ctx)
+        except OSError as e:
+            raise self._failed(e, entry, ctx) from e
+
+    def _try(
+        self,
+        step: Callable[[int, fdinfo_pb2.file_entry, RestoreContext], None],
+        entry: fdinfo_pb2.file_entry,
+        ctx: RestoreContext,
+    ) -> None:
+        try:
+            step(ctx.made[entry.id], entry, ctx)
+        except OSError as e:
+            raise self._failed(e, entry, ctx) from e
+
+    def _failed(self, e: OSError, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> DescriptorError:
+        what = entry.reg.name if entry.HasField("reg") else fdinfo_pb2.fd_types.Name(entry.type).lower()
+        hint = "raise the open files limit (RLIMIT_NOFILE) of the daemon" if e.errno == errno.EMFILE else ""
+        return DescriptorError(
+            f"cannot be made: {e.strerror}", subject=ctx.subject(entry.id, what), hint=hint
+        )
+
+
+def _make_room(more: int) -> None:
+    """Lets this process's table of descriptors grow now: where threads share it, that takes tens of ms."""
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    with contextlib.suppress(OSError):  # no more are allowed: then opening them will tell
+        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, highest + more + 64))
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+
+
+def _own(b: Batch, kind: Kind, entry: fdinfo_pb2.file_entry, fd: int, ctx: RestoreContext) -> Steps[None]:
+    """Who gets the file's signals."""
+    found = kind.owner(entry)
+    if found is None:
+        return
+    fown, flags = found
+    todo: list[Call] = []
+    if fown.pid:
+        owner = b.put(struct.pack("ii", fown.pid_type, fown.pid))
+        todo.append(b.call(SYS.fcntl, fd, F_SETOWN_EX, owner))
+    if fown.signum:
+        todo.append(b.call(SYS.fcntl, fd, F_SETSIG, fown.signum))
+    if flags & O_ASYNC:
+        todo.append(b.call(SYS.fcntl, fd, fcntl.F_SETFL, flags & ~os.O_CLOEXEC))
+    if todo:
+        yield
+        for call in todo:
+            call.check("fcntl", ctx.subject(entry.id, "owner"))
+
+
+def _lock(b: Batch, fds: Mapping[int, list[int]], ctx: RestoreContext) -> Steps[None]:
+    """File locks. On one kernel with the source, its frozen process still has them: they come free with it."""
+    locks = [lock for lock in ctx.dump.lock if lock.file in fds]
+    for start in range(0, len(locks), CALLS_AT_ONCE):
+        made: list[tuple[Call, descriptors_pb2.FileLock]] = []
+        for lock in locks[start : start + CALLS_AT_ONCE]:
+            h, fd = lock.head, fds[lock.file][0]
+            if h.flag == FL_FLOCK:
+                how = fcntl.LOCK_EX if h.type else fcntl.LOCK_SH
+                made.append((b.call(SYS.flock, fd, how | fcntl.LOCK_NB), lock))
+            elif h.flag in (FL_POSIX, FL_OFDLCK):
+                kind = fcntl.F_WRLCK if h.type else fcntl.F_RDLCK
+                arg = b.put(struct.pack("hhqqi4x", kind, os.SEEK_SET, h.start, h.len, 0))
+                command = fcntl.F_SETLK if h.flag == FL_POSIX else F_OFD_SETLK
+                made.append((b.call(SYS.fcntl, fd, command, arg), lock))
+            else:
+                raise ProtocolError("no such lock")
+        yield
+        for call, lock in made:
+            subject = ctx.subject(lock.file, "file lock")
+            if call.ret in (-errno.EAGAIN, -errno.EACCES):
+                if not ctx.same_kernel:
+                    hint = "another program has locked the file at the destination"
+                    raise DescriptorError(
+                        "its lock cannot be had", subject=subject, code="fd-lock", hint=hint
+                    )
+                ctx.warnings.append(f"{subject}: its lock is still held, by the original or another program")
+            else:
+                call.check("locking", subject)

@@ -1,0 +1,163 @@
+"""All of a process's state but memory, descriptors and registers: what is taken at the freeze and put back.
+
+Each kind of state has a module with ``dump`` and ``restore`` side by side; here they are put in order. What can
+be asked by a system call is asked inside the stopped threads; the few things that only /proc has are read once
+for the process and written from outside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from google.protobuf.message import DecodeError
+
+from lazymig.errors import ProtocolError
+from lazymig.kernel.batch import Batch, Steps
+from lazymig.pb import core_pb2, state_pb2
+from lazymig.process import creds, fs, identity, limits, prctl, sched, signals, timers
+from lazymig.process import seccomp as filters
+
+BlobAt: TypeAlias = Callable[[bytes], int]
+
+_TASK_ALIVE = 1  # as CRIU's images say it
+
+
+def together(*steps: Steps[Any]) -> Steps[list[Any]]:
+    """Advances generators side by side, so that they share each run; their return values in order."""
+    results: list[Any] = [None] * len(steps)
+    live = list(enumerate(steps))
+    while live:
+        still = []
+        for i, s in live:
+            try:
+                next(s)
+                still.append((i, s))
+            except StopIteration as stop:
+                results[i] = stop.value
+        live = still
+        if live:
+            yield
+    return results
+
+
+def dump_process(b: Batch, pid: int) -> Steps[bytes]:
+    """State that the threads share, as a ProcessState message; ``b`` is the stopped main thread's."""
+    core = core_pb2.task_core_entry(task_state=_TASK_ALIVE, exit_code=0, flags=0, blk_sigset=0, comm="")
+    main = core_pb2.thread_core_entry()
+    actions, kept_timers, mm, where, place, _, _ = yield from together(
+        signals.dump_actions(b),
+        timers.dump(b, pid),
+        prctl.dump_mm(b, pid),
+        fs.dump(b, pid),
+        identity.dump(b, pid),
+        limits.dump(b, core, pid),
+        filters.dump_mode(b, main),
+    )
+    limits.read_outside(pid, core, mm)
+    core.sigactions.extend(actions)
+    core.timers.CopyFrom(kept_timers)
+    core.signals_s.CopyFrom(signals.dump_pending(pid, shared=True))
+    state = state_pb2.ProcessState(tc=core, mm=mm, fs=where, place=place)
+    if main.seccomp_mode == core_pb2.filter:
+        state.seccomp.CopyFrom(filters.dump_common(pid))
+    return state.SerializeToString()
+
+
+def dump_thread(b: Batch, pid: int, tid: int, *, seccomp: bool = False) -> Steps[bytes]:  # noqa: ARG001
+    """State of one thread, as a ThreadState message.
+
+    ``seccomp``: whether there was a filter at the start; one that came since is found all the same.
+    """
+    core = core_pb2.thread_core_entry()
+    yield from together(creds.dump(b, core, tid), sched.dump(b, core, tid), filters.dump_mode(b, core))
+    core.signals_p.CopyFrom(signals.dump_pending(tid, shared=False))
+    state = state_pb2.ThreadState(tid=tid, core=core)
+    if core.seccomp_mode == core_pb2.filter:
+        state.seccomp.CopyFrom(filters.dump(tid))
+    return state.SerializeToString()
+
+
+def process_state(data: bytes) -> state_pb2.ProcessState:
+    """Reads a ProcessState message; ProtocolError when it is none."""
+    try:
+        return state_pb2.ProcessState.FromString(data)
+    except DecodeError as e:
+        raise ProtocolError(f"not a process's state: {e}") from None
+
+
+def thread_state(data: bytes) -> state_pb2.ThreadState:
+    """Reads a ThreadState message; ProtocolError when it is none."""
+    try:
+        return state_pb2.ThreadState.FromString(data)
+    except DecodeError as e:
+        raise ProtocolError(f"not a thread's state: {e}") from None
+
+
+def exe_path(data: bytes) -> str:
+    """Path of the program that the process runs, as it sees it."""
+    return os.fsdecode(process_state(data).mm.exe)
+
+
+def restore_outside(data: bytes, pid: int) -> list[str]:
+    """Writes what only /proc takes, from outside and while it is root's; warnings of what could not be set."""
+    state = process_state(data)
+    return limits.write_outside(pid, state.tc, state.mm)
+
+
+def restore_process(
+    b: Batch, data: bytes, *, pid: int, exe_fd: int | None, blob_at: BlobAt | None = None
+) -> Steps[list[str]]:
+    """Puts back a ProcessState in the stopped skeleton's main thread, which is root still; all threads exist.
+
+    ``exe_fd`` is a descriptor there of the program; seccomp is suspended. Returns warnings; raises SyscallError.
+    """
+    state = process_state(data)
+    core = state.tc
+    warnings = yield from together(
+        identity.restore(b, state.place, pid),
+        signals.restore_actions(b, list(core.sigactions)),
+        timers.restore(b, core.timers, pid),
+        prctl.restore_mm(b, state.mm, exe_fd, pid),
+        fs.restore(b, state.fs, pid),
+        limits.restore(b, core, pid),
+        filters.restore_common(b, state.seccomp, pid, blob_at or b.put),
+    )
+    yield from signals.restore_pending(b, core.signals_s, pid, None)
+    return [w for some in warnings for w in some or ()]
+
+
+def restore_limits(b: Batch, data: bytes, *, pid: int) -> Steps[None]:
+    """The resource limits: late, since a low one would be in the way, but before privileges are given up."""
+    yield from limits.restore_rlimits(b, process_state(data).tc, pid)
+
+
+def restore_thread(
+    b: Batch, data: bytes, *, pid: int, tid: int, main: bool, blob_at: BlobAt | None = None
+) -> Steps[None]:
+    """Puts back a ThreadState in one stopped thread of the skeleton, where seccomp is suspended.
+
+    ``blob_at`` puts bytes where the thread can read them in its next run, for what is too large for its own
+    batch; without it they go through ``b``. Raises SyscallError.
+    """
+    state = thread_state(data)
+    core = state.core
+    if state.tid != tid or main != (pid == tid):
+        raise ProtocolError("another thread's state", subject=f"thread {tid}")
+    place = blob_at or b.put
+    yield from together(
+        sched.restore(b, core, tid),
+        signals.restore_pending(b, core.signals_p, pid, tid),
+    )
+    # Before the credentials: without CAP_SYS_ADMIN a filter could only be installed with no_new_privs.
+    yield from filters.restore(b, core, state.seccomp, tid, place)
+    yield from creds.restore(b, core, tid, place)
+
+
+def restore_last(b: Batch, data: bytes) -> Steps[list[str]]:
+    """What may only be set when all memory is in place and lazy pages are armed; ``b`` is the main thread's.
+
+    Returns warnings.
+    """
+    return (yield from prctl.restore_last(b, process_state(data).mm))

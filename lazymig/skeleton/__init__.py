@@ -1,0 +1,1 @@
+"""The destination process under construction: keeper, husk, courier and memory."""

@@ -1,0 +1,300 @@
+"""The skeleton: a process under construction that already has the source's number and memory layout.
+
+It starts as a husk (keeper.c) that this process traces. Everything in it is done by batches of system calls
+which it makes itself; pages come by process_vm_writev, descriptors through a socket (the courier). At the end
+the threads get their registers and are let go.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+
+from lazymig.arch import SYS
+from lazymig.errors import LazymigError, SyscallError
+from lazymig.kernel import ptrace
+from lazymig.kernel.batch import Batch
+from lazymig.kernel.ranges import RangeSet
+from lazymig.native import ffi, lib
+from lazymig.process.vmas import TASK_SIZE, Layout
+from lazymig.skeleton import region as rg
+from lazymig.skeleton.keeper import Keeper
+from lazymig.skeleton.region import SharedRegion
+
+_OPTIONS = ptrace.O_EXITKILL | ptrace.O_TRACECLONE
+_HUSK_TIMEOUT_S = 5.0
+_WALL = 0x40000000  # waitpid(2): also for threads
+_COURIER = 0  # the husk's only descriptor at first
+_SCM_MAX_FD = 250
+_MADV_DONTNEED = 4
+_MADV_REMOVE = 9
+_PIDFD_SELF = -10000
+_IOV_MAX = 1024
+_PUNCH_AT_ONCE = 128 * _IOV_MAX
+_F_DUPFD_CLOEXEC = 1030
+_O_CLOEXEC = 0o2000000
+_CLONE_THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM
+_REGION_BASES = [0x0100_0000_0000 + i * 0x10_0000_0000 for i in range(256)]
+
+
+def choose_base(taken: RangeSet) -> int:
+    """An address for the region where neither the process nor the keeper has anything."""
+    for base in _REGION_BASES:
+        if not taken & RangeSet.span(base, base + rg.SIZE):
+            return base
+    raise LazymigError("no room for the skeleton's own area among the process's mappings", code="no-room")
+
+
+class Skeleton:
+    """A stopped process with the wanted pid, all of whose threads this process traces."""
+
+    def __init__(self, pid: int, layout: Layout) -> None:
+        self.pid = pid
+        self.tids: list[int] = [pid]
+        self._made = False  # until then the number may be another process's
+        self._floor = 0  # descriptors of the process are all below: temporary ones go above
+        self._courier_at = _COURIER
+        self.region = SharedRegion(choose_base(layout.ranges()))
+        self._courier, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self.keeper = Keeper(self.region.fd, theirs.fileno())
+        try:
+            self._start()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self) -> None:
+        self.keeper.make_husk(self.pid, self.region.base, rg.SIZE)
+        self._made = True
+        ptrace.seize(self.pid, _OPTIONS)
+        deadline = time.monotonic() + _HUSK_TIMEOUT_S
+        while not self.region.husk_ready():
+            if time.monotonic() > deadline:
+                raise LazymigError("the husk does not come up", code="husk-stuck", subject=f"pid {self.pid}")
+            time.sleep(0.0001)
+        ptrace.stop_seized(self.pid)
+        self.base_regs = ptrace.get_regs(self.pid)
+        self.main = Batch(
+            self.region,
+            self.pid,
+            self.base_regs,
+            offset=rg.MAIN_OFFSET,
+            size=rg.MAIN_SIZE,
+            max_calls=4096,
+        )
+        end = self.region.base + rg.SIZE
+        self.run(
+            ("munmap", SYS.munmap, 0, self.region.base),
+            ("munmap", SYS.munmap, end, TASK_SIZE - end),
+        )
+        # A huge page placed for one of its pages would make the others, which may be lazy, present as zeroes.
+        self.run(("prctl(PR_SET_THP_DISABLE)", SYS.prctl, 41, 1, 0, 0, 0))
+
+    # ---- system calls
+
+    def run(self, *calls: tuple[str | int, ...]) -> list[int]:
+        """Runs calls given as (what, number, args...) in order; raises SyscallError for the first that fails."""
+        results: list[int] = []
+        for i in range(0, len(calls), self.main.max_calls):
+            queued = []
+            for what, nr, *args in calls[i : i + self.main.max_calls]:
+                assert isinstance(what, str)
+                queued.append((what, self.main.call(int(nr), *map(int, args))))
+            self.main.run()
+            results += [c.check(what, f"pid {self.pid}") for what, c in queued]
+        return results
+
+    def thread_batch(self, slot: int, tid: int) -> Batch:
+        """A batch for one thread; slot 0 is the main thread's own."""
+        if slot == 0:
+            return self.main
+        offset = rg.MAIN_OFFSET + rg.MAIN_SIZE + (slot - 1) * rg.THREAD_SIZE
+        return Batch(self.region, tid, self.base_regs, offset=offset, size=rg.THREAD_SIZE, max_calls=64)
+
+    def keep_clear_of(self, ranges: RangeSet, layout: RangeSet) -> None:
+        """Moves the region when something is to be mapped where it lies; ``layout`` is all that is mapped."""
+        here = RangeSet.span(self.region.base, self.region.base + rg.SIZE)
+        if not ranges & here:
+            return
+        base = choose_base(layout | ranges | here)
+        gadget = self.region.code + rg.SYSCALL_OFFSET
+        flags = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
+        args = (self.region.base, rg.SIZE, rg.SIZE, flags, base)
+        ret = ptrace.step_syscall(self.pid, self.base_regs, gadget, SYS.mremap, *args)
+        if ret != base:
+            raise SyscallError("mremap", -ret, subject=f"pid {self.pid}")
+        self.region.base = base
+
+    # ---- descriptors
+
+    def reserve_fds(self, highest: int) -> None:
+        """Moves the courier above all descriptors that the process itself will have."""
+        if highest + 1 <= self._floor:
+            return
+        self._floor = highest + 1
+        (moved,) = self.run(
+            ("fcntl(F_DUPFD)", SYS.fcntl, self._courier_at, _F_DUPFD_CLOEXEC, self._floor + 512)
+        )
+        self.run(("close", SYS.close, self._courier_at))
+        self._courier_at = moved
+
+    def receive_fds(self, local: Sequence[int]) -> list[int]:
+        """Ships descriptors into the process; their (temporary, high) numbers there, in order."""
+        numbers: list[int] = []
+        for i in range(0, len(local), _SCM_MAX_FD):
+            numbers += self._receive(local[i : i + _SCM_MAX_FD])
+        return numbers
+
+    def _receive(self, local: Sequence[int]) -> list[int]:
+        rights = array.array("i", local)
+        self._courier.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights.tobytes())])
+        room = self.main.out(16 + 4 * len(local) + 8)
+        byte = self.main.out(1)
+        iov = self.main.put(byte.addr.to_bytes(8, "little") + (1).to_bytes(8, "little"))
+        head = b"".join(x.to_bytes(8, "little") for x in (0, 0, iov, 1, room.addr, room.size, 0))
+        msg = self.main.put(head)
+        c = self.main.call(SYS.recvmsg, self._courier_at, msg, 0x40000000)  # MSG_CMSG_CLOEXEC
+        self.main.run()
+        c.check("recvmsg", f"pid {self.pid}")
+        got = array.array("i", room.data[16 : 16 + 4 * len(local)])
+        moves = [("fcntl(F_DUPFD)", SYS.fcntl, fd, _F_DUPFD_CLOEXEC, self._floor) for fd in got]
+        # The kernel gave the lowest free numbers, which may be wanted by others: move all out of the way first.
+        high = [fd if fd >= self._floor else -1 for fd in got]
+        low = [i for i, fd in enumerate(high) if fd < 0]
+        for i, fd in zip(low, self.run(*[moves[i] for i in low]), strict=True):
+            high[i] = fd
+        self.run(*[("close", SYS.close, got[i]) for i in low])
+        return high
+
+    def install_fds(self, placements: Sequence[tuple[int, int, bool]]) -> None:
+        """Puts descriptors of this process at their numbers: (number there, descriptor here, close-on-exec)."""
+        if not placements:
+            return
+        self.reserve_fds(max(p[0] for p in placements))
+        temporary = self.receive_fds([p[1] for p in placements])
+        calls: list[tuple[str | int, ...]] = []
+        for (number, _, cloexec), at in zip(placements, temporary, strict=True):
+            calls.append(("dup3", SYS.dup3, at, number, _O_CLOEXEC if cloexec else 0))
+            calls.append(("close", SYS.close, at))
+        self.run(*calls)
+
+    def close_fds(self, numbers: Sequence[int]) -> None:
+        """Closes descriptors of the process."""
+        self.run(*[("close", SYS.close, n) for n in numbers])
+
+    # ---- memory
+
+    def punch(self, ranges: RangeSet, *, shared: bool = False) -> None:
+        """Drops pages, so that they are absent (and, once armed, lazy)."""
+        for part in (
+            [ranges] if len(ranges) <= _PUNCH_AT_ONCE else ranges.split(len(ranges) // _PUNCH_AT_ONCE + 1)
+        ):
+            if part and (shared or not self._punch_vector(part)):
+                advice = _MADV_REMOVE if shared else _MADV_DONTNEED
+                self.run(*[("madvise", SYS.madvise, s, e - s, advice) for s, e in part])
+
+    def _punch_vector(self, ranges: RangeSet) -> bool:
+        """By process_madvise on itself (PIDFD_SELF, Linux 6.14): 0.5 us a range against 1.4. False: not there."""
+        n = len(ranges)
+        at, vector = self.main.fill(16 * n)
+        lib.lm_ranges_iovec(ranges.ptr, n, ffi.cast("uint64_t *", vector))
+        calls = [
+            self.main.call(
+                SYS.process_madvise, _PIDFD_SELF, at + 16 * k, min(_IOV_MAX, n - k), _MADV_DONTNEED, 0
+            )
+            for k in range(0, n, _IOV_MAX)
+        ]
+        self.main.run()
+        return sum(c.ret for c in calls) == ranges.size and all(c.ret > 0 for c in calls)
+
+    # ---- threads
+
+    def set_threads(self, tids: Sequence[int]) -> None:
+        """Makes the process have exactly these threads (numbers in its pid namespace), the main one first."""
+        for tid in [t for t in self.tids if t not in tids]:
+            self._end_thread(tid)
+        for tid in tids:
+            if tid not in self.tids:
+                self._make_thread(tid)
+        if len(self.tids) - 1 > rg.MAX_THREADS:
+            raise LazymigError(
+                f"more than {rg.MAX_THREADS} threads", code="too-many-threads", subject=f"pid {self.pid}"
+            )
+        self.tids = list(tids)
+
+    def _make_thread(self, tid: int) -> None:
+        wanted = self.main.put(tid.to_bytes(4, "little"))
+        args = [_CLONE_THREAD_FLAGS, 0, 0, 0, 0, 0, 0, 0, wanted, 1, 0]
+        at = self.main.put(b"".join(a.to_bytes(8, "little") for a in args))
+        c = self.main.call(SYS.clone3, at, 8 * len(args))
+        self.main.start()
+        status = ptrace.wait_stop(self.pid)
+        if status >> 16 != ptrace.EVENT_CLONE:
+            self.main.finish()
+            ret = c.ret
+            if ret == -17:
+                raise LazymigError(
+                    "this number is taken on the destination", code="pid-taken", subject=f"thread {tid}"
+                )
+            raise SyscallError("clone3 with set_tid", -ret, subject=f"thread {tid}")
+        # The new thread stops before its first instruction; the main one goes on to the end of its batch.
+        ptrace.wait_stop(ptrace.event_message(self.pid))
+        ptrace.cont(self.pid)
+        ptrace.wait_stop(self.pid)
+        self.main.finish()
+        self.tids.append(tid)
+
+    def _end_thread(self, tid: int) -> None:
+        b = self.thread_batch(1, tid)
+        b.call(SYS.exit, 0)
+        b.start()
+        self.tids.remove(tid)
+        deadline = time.monotonic() + _HUSK_TIMEOUT_S
+        while os.path.exists(f"/proc/{self.pid}/task/{tid}"):
+            if time.monotonic() > deadline:
+                raise LazymigError("a thread does not end", code="husk-stuck", subject=f"thread {tid}")
+            try:
+                os.waitpid(tid, os.WNOHANG | _WALL)
+            except ChildProcessError:
+                break
+
+    def suspend_seccomp(self) -> None:
+        """Filters that are installed from now on bind only when the tracer has let go."""
+        for tid in self.tids:
+            ptrace.set_options(tid, _OPTIONS | ptrace.O_SUSPEND_SECCOMP)
+
+    # ---- the end
+
+    def remove_region(self) -> None:
+        """Unmaps the shared region and closes the courier: after this only registers can be set."""
+        self.run(("close", SYS.close, self._courier_at))
+        gadget = self.region.code + rg.SYSCALL_OFFSET
+        ret = ptrace.step_syscall(self.pid, self.base_regs, gadget, SYS.munmap, self.region.base, rg.SIZE)
+        if ret < 0:
+            raise SyscallError("munmap", -ret, subject=f"pid {self.pid}")
+
+    def let_go(self) -> None:
+        """Lets all threads run: the process is alive from here on."""
+        ptrace.detach_all(self.tids)
+
+    def kill(self) -> None:
+        """Ends the process under construction; nothing of it stays."""
+        if self._made:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.pid, signal.SIGKILL)
+                # The tracer is told of the end first; only then the keeper can reap.
+                for tid in reversed(self.tids):
+                    os.waitpid(tid, _WALL)
+        self.keeper.kill()
+        self.close()
+
+    def close(self) -> None:
+        """Closes what belongs to this process."""
+        self._courier.close()
+        self.region.close()

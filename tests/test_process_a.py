@@ -1,0 +1,428 @@
+"""Credentials, scheduling, limits and seccomp of a real process, taken in it and put into a skeleton."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from lazymig.arch import SYS
+from lazymig.errors import ProtocolError, SyscallError
+from lazymig.kernel import ptrace
+from lazymig.kernel.batch import Batch, run_all_steps, run_steps
+from lazymig.kernel.inject import Injection, find_gadget
+from lazymig.pb import core_pb2, mm_pb2, seccomp_pb2
+from lazymig.process import creds, limits, sched, seccomp, state
+from lazymig.process.vmas import Kind, Layout, read_layout, special
+from lazymig.skeleton.skeleton import Skeleton
+
+PRELUDE = """
+import ctypes, os, resource, struct, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+def sysc(*args):
+    r = libc.syscall(*[ctypes.c_long(a) if isinstance(a, int) else a for a in args])
+    assert r >= 0, (args, os.strerror(ctypes.get_errno()))
+    return r
+def prctl(*args):
+    return sysc(157, *args, *[0] * (5 - len(args)))
+def capset(eff, prm, inh):
+    words = [x >> 32 * i & 0xFFFFFFFF for i in (0, 1) for x in (eff, prm, inh)]
+    sysc(126, struct.pack("<Ii", 0x20080522, 0), struct.pack("<6I", *words))
+def in_thread(work):
+    ready = threading.Event()
+    def run():
+        work()
+        ready.set()
+        time.sleep(1000)
+    threading.Thread(target=run, daemon=True).start()
+    ready.wait()
+def filters(*programs, flags=0):
+    for p in programs:
+        buf = ctypes.create_string_buffer(p, len(p))
+        fprog = struct.pack("<HxxxxxxQ", len(p) // 8, ctypes.addressof(buf))
+        sysc(317, 1, flags, fprog)
+RET = lambda v: struct.pack("<HBBI", 0x06, 0, 0, v)
+ALLOW, LOG = RET(0x7FFF0000), RET(0x7FFC0000)
+def deny(nr, errno):  # if (seccomp_data.nr == nr) return -errno; else allow
+    return struct.pack("<HBBI", 0x20, 0, 0, 0) + struct.pack("<HBBI", 0x15, 0, 1, nr) + RET(0x50000 | errno) + ALLOW
+"""
+FIELDS = ("Name", "Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "Cpus_allowed",
+          "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _sigchld() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    ptrace.block_sigchld()
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Stopped:
+    """A child that did its work and is stopped with all its threads; ``batches`` run in them."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.tids = ptrace.stop_all(pid, ptrace.O_SUSPEND_SECCOMP)
+        layout = read_layout(pid, with_flags=False)
+        vdso = special(layout, Kind.VDSO)
+        assert vdso is not None
+        threads = [ptrace.read_thread(t) for t in self.tids]
+        self.injection = Injection(pid, threads, find_gadget(pid, (vdso.start, vdso.end)))
+        self.batches = self.injection.batches(16 << 10, 96, 256 << 10, 1024)
+
+
+@contextmanager
+def stopped(work: str) -> Iterator[Stopped]:
+    src: Stopped | None = None
+    script = PRELUDE + work + "\nprint(flush=True)\ntime.sleep(1000)\n"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.read(1) == b"\n", "the child's work failed"
+            src = Stopped(child.pid)
+            yield src
+        finally:
+            child.kill()
+            for tid in reversed(src.tids if src else []):
+                os.waitpid(
+                    tid, 0x40000000
+                )  # __WALL: the tracer is told of each thread's end before it is over
+
+
+@contextmanager
+def skeleton(threads: int) -> Iterator[tuple[Skeleton, list[Batch]]]:
+    free = (n for n in range(29000, 32000) if not os.path.exists(f"/proc/{n}"))
+    tids = [next(free) for _ in range(threads)]
+    sk = Skeleton(tids[0], Layout([]))
+    try:
+        sk.set_threads(tids)
+        for t in tids:
+            ptrace.set_options(t, ptrace.O_EXITKILL | ptrace.O_TRACECLONE | ptrace.O_SUSPEND_SECCOMP)
+        yield sk, [sk.thread_batch(i, t) for i, t in enumerate(tids)]
+    finally:
+        sk.kill()
+
+
+def dump_threads(src: Stopped) -> list[core_pb2.thread_core_entry]:
+    cores = [core_pb2.thread_core_entry() for _ in src.tids]
+    run_all_steps(
+        [
+            (b, [creds.dump(b, c, t), sched.dump(b, c, t), seccomp.dump_mode(b, c)])
+            for b, c, t in zip(src.batches, cores, src.tids, strict=True)
+        ]
+    )
+    return [core_pb2.thread_core_entry.FromString(c.SerializeToString()) for c in cores]
+
+
+def restore_threads(sk: Skeleton, batches: list[Batch], cores: list[core_pb2.thread_core_entry]) -> None:
+    rows = list(zip(batches, cores, sk.tids, strict=True))
+    run_all_steps([(b, [sched.restore(b, c, t)]) for b, c, t in rows])
+    run_all_steps([(b, [creds.restore(b, c, t, b.put)]) for b, c, t in rows])
+
+
+def status(tid: int) -> dict[str, str]:
+    with open(f"/proc/{tid}/status", errors="surrogateescape") as f:
+        found = dict(line.rstrip("\n").split(":\t", 1) for line in f)
+    return {k: found[k].strip() for k in FIELDS}
+
+
+def moved(work: str) -> list[core_pb2.thread_core_entry]:
+    """Moves all threads' credentials and attributes; what is in both, after comparing both."""
+    with stopped(work) as src:
+        cores = dump_threads(src)
+        with skeleton(len(cores)) as (sk, batches):
+            restore_threads(sk, batches, cores)
+            again = [core_pb2.thread_core_entry() for _ in cores]
+            run_all_steps(
+                [
+                    (b, [creds.dump(b, c, t), sched.dump(b, c, t)])
+                    for b, c, t in zip(batches, again, sk.tids, strict=True)
+                ]
+            )
+            for old, new, here, there in zip(cores, again, src.tids, sk.tids, strict=True):
+                for c in (old, new):
+                    for part in ("futex_rla", "futex_rla_len", "seccomp_mode"):
+                        c.ClearField(part)
+                assert new == old
+                assert status(there) == status(here)
+    return cores
+
+
+def test_root_with_defaults_stays_as_it_is():
+    (core,) = moved("")
+    assert core.dumpable == 1
+    assert core.sched.affinity == b""
+    assert core.creds.cap_prm[0]
+
+
+def test_users_and_groups_without_capabilities():
+    (core,) = moved(
+        "prctl(1, 12); os.setgroups([7, 1000, 70000]); os.setresgid(1001, 1002, 1003); "
+        "os.setresuid(2001, 2002, 2003); sysc(122, 2001); prctl(1, 12)"
+    )
+    c = core.creds
+    assert (c.uid, c.euid, c.suid, c.fsuid) == (2001, 2002, 2003, 2001)
+    assert (c.gid, c.egid, c.sgid, c.fsgid) == (1001, 1002, 1003, 1002)
+    assert list(c.groups) == [7, 1000, 70000]
+    assert list(c.cap_eff) == [0, 0]
+    assert core.pdeath_sig == 12
+    assert core.dumpable == 0
+
+
+def test_capabilities_of_every_set_outlive_the_change_of_user():
+    (core,) = moved(
+        "prctl(28, 1 << 4 | 1 << 2); os.setresuid(1234, 1234, 1234); caps = 1 << 10 | 1 << 12 | 1 << 1\n"
+        "for n in (3, 5, 40): prctl(24, n)\n"
+        "capset(1 << 10 | 1 << 8, caps | 1 << 8, caps); prctl(47, 2, 10); prctl(47, 2, 1)\n"
+        "prctl(28, 1 << 6 | 1 << 7 | 1 << 2 | 1 << 3 | 1 << 0); capset(1 << 10, caps, caps | 1 << 7 * 0)\n"
+        "prctl(4, 1)"
+    )
+    assert list(core.creds.cap_amb) == [1 << 10 | 1 << 1, 0]
+    assert core.creds.cap_eff[0] == 1 << 10
+    assert core.creds.cap_bnd[0] & (1 << 3 | 1 << 5) == 0
+    assert core.creds.secbits == 0b11001101
+    assert core.dumpable == 1
+
+
+def test_every_capability_but_one_is_dropped_within_a_small_batch():
+    (core,) = moved(
+        "for n in range(41):\n    if n != 9: prctl(24, n)\n"
+        "capset(1 << 9, 1 << 9, 1 << 9); prctl(47, 2, 9); prctl(38, 1)"
+    )
+    assert list(core.creds.cap_bnd) == [1 << 9, 0]
+    assert core.creds.no_new_privs == 1
+
+
+def test_threads_keep_attributes_of_their_own():
+    main, other = moved(
+        "def other():\n"
+        "    prctl(15, b'w\\xf6rker'); sysc(141, 0, 0, 7); sysc(251, 1, 0, 2 << 13 | 3); prctl(29, 123456)\n"
+        "    os.sched_setaffinity(0, {0}); prctl(33, 1, 1); prctl(26, 1)\n"
+        "    sysc(117, 77, 77, 0)\n"
+        "in_thread(other)\n"
+        "os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(5))\n"
+    )
+    assert main.creds.uid == 0
+    assert (main.sched_policy, main.sched_prio, main.sched.flags) == (os.SCHED_RR, 5, 1)
+    assert (other.creds.uid, other.creds.suid) == (77, 0)
+    assert (other.sched_nice, other.io_priority) == (7, 2 << 13 | 3)
+    assert other.comm_bytes == b"w\xf6rker"
+    assert other.timer_slack_ns == 123456
+    assert other.mce_kill == 1
+    assert other.sched.affinity
+    assert main.sched.affinity == b""
+
+
+def test_batch_policy_and_nice():
+    (core,) = moved("os.nice(5); os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))")
+    assert (core.sched_policy, core.sched_nice) == (os.SCHED_BATCH, 5)
+
+
+def test_more_groups_than_are_asked_for_at_once():
+    (core,) = moved("os.setgroups(list(range(500, 1000)))")
+    assert list(core.creds.groups) == list(range(500, 1000))
+
+
+def test_unknown_processors_are_told():
+    with stopped("") as src:
+        (core,) = dump_threads(src)
+        core.sched.affinity = (1 << 1023).to_bytes(128, "little")
+        with skeleton(1) as (sk, (b,)), pytest.raises(SyscallError, match="sched_setaffinity"):
+            run_steps(b, sched.restore(b, core, sk.pid))
+
+
+def test_a_capability_that_cannot_be_had_is_an_error():
+    with stopped("") as src:
+        (core,) = dump_threads(src)
+        core.creds.cap_prm[1] |= 1 << 31
+        core.creds.cap_eff[0] |= 1 << 24  # an effective one that is not permitted
+        core.creds.cap_prm[0] &= ~(1 << 24)
+        with skeleton(1) as (sk, (b,)), pytest.raises(SyscallError, match="capset"):
+            run_steps(b, creds.restore(b, core, sk.pid, b.put))
+
+
+def test_limits_personality_and_what_proc_alone_has():
+    with stopped(
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (777, 888)); resource.setrlimit(resource.RLIMIT_CORE, (0, 4096))\n"
+        "prctl(36, 1); libc.personality(0x0040000); sysc(324, 16, 0, 0)\n"
+        "open('/proc/self/oom_score_adj', 'w').write('321'); open('/proc/self/coredump_filter', 'w').write('0x7f')"
+    ) as src:
+        core, mm = core_pb2.task_core_entry(), mm_pb2.mm_entry()
+        run_steps(src.batches[0], limits.dump(src.batches[0], core, src.pid))
+        limits.read_outside(src.pid, core, mm)
+        assert core.child_subreaper
+        assert core.membarrier_registration_mask == 16
+        assert core.personality == 0x40000
+        with skeleton(1) as (sk, (b,)):
+            assert limits.write_outside(sk.pid, core, mm) == []
+            run_steps(b, limits.restore(b, core, sk.pid))
+            run_steps(b, limits.restore_rlimits(b, core, sk.pid))
+            again, mm2 = core_pb2.task_core_entry(), mm_pb2.mm_entry()
+            run_steps(b, limits.dump(b, again, sk.pid))
+            limits.read_outside(sk.pid, again, mm2)
+            assert again == core
+            assert mm2 == mm
+            assert (core.oom_score_adj, mm.coredump_filter) == (321, 0x7F)
+            assert core.rlimits.rlimits[7].cur == 777
+            with open(f"/proc/{src.pid}/limits") as f, open(f"/proc/{sk.pid}/limits") as g:
+                assert f.read() == g.read()
+
+
+def chains(tids: list[int]) -> list[list[bytes]]:
+    return [[f.filter for f in seccomp.dump(t).seccomp_filters] for t in tids]
+
+
+def test_filters_are_shared_by_threads_and_each_has_its_own():
+    big = "deny(999, 38)[:16] + b''.join(deny(1000 + i, 1)[8:16] + RET(0x50001) for i in range(500)) + ALLOW"
+    with stopped(
+        "prctl(38, 1); filters(deny(169, 1), flags=2); filters(deny(175, 13))\n"
+        f"in_thread(lambda: filters({big.replace('[:16]', '[:8]')}))\nin_thread(lambda: None)"
+    ) as src:
+        cores = dump_threads(src)
+        assert {c.seccomp_mode for c in cores} == {core_pb2.filter}
+        found = [seccomp.dump(t) for t in src.tids]
+        common = seccomp.dump_common(src.pid)
+        assert len(common.seccomp_filters) == 2
+        assert common.seccomp_filters[0].flags == 2
+        with skeleton(3) as (sk, batches):
+            main = batches[0]
+            run_steps(main, seccomp.restore_common(main, common, sk.pid, main.put))
+            assert chains(sk.tids) == [[f.filter for f in common.seccomp_filters]] * 3
+            rows = list(zip(batches, cores, found, sk.tids, strict=True))
+            run_all_steps([(b, [seccomp.restore(b, c, f, t, main.put)]) for b, c, f, t in rows])
+            run_all_steps([(b, [creds.restore(b, c, t, b.put)]) for b, c, _, t in rows])
+            assert chains(sk.tids) == chains(src.tids)
+            assert [seccomp.dump(t) for t in sk.tids] == found
+            for here, there in zip(src.tids, sk.tids, strict=True):
+                assert status(there)["Seccomp_filters"] == status(here)["Seccomp_filters"]
+            # They judge as soon as nobody suspends them.
+            for t in sk.tids:
+                ptrace.set_options(t, ptrace.O_EXITKILL)
+            call = main.call(SYS.reboot, 0, 0, 0, 0)
+            main.run()
+            assert call.ret == -1
+
+
+def test_a_process_without_filters_has_an_empty_chain():
+    with stopped("") as src:
+        assert seccomp.dump(src.pid) == seccomp_pb2.seccomp_entry()
+        (core,) = dump_threads(src)
+        assert core.seccomp_mode == core_pb2.disabled
+
+
+def test_strict_mode():
+    core = core_pb2.thread_core_entry(futex_rla=0, futex_rla_len=0, seccomp_mode=core_pb2.strict)
+    with skeleton(1) as (sk, (b,)):
+        run_steps(b, seccomp.restore(b, core, seccomp_pb2.seccomp_entry(), sk.pid, b.put))
+        assert status(sk.pid)["Seccomp"] == "1"
+
+
+def test_an_unsound_filter_is_refused():
+    entry = seccomp_pb2.seccomp_entry()
+    entry.seccomp_filters.add(filter=struct.pack("<HBBI", 0xFFFF, 0, 0, 0))
+    core = core_pb2.thread_core_entry(futex_rla=0, futex_rla_len=0, seccomp_mode=core_pb2.filter)
+    with skeleton(1) as (sk, (b,)), pytest.raises(SyscallError, match="EINVAL"):
+        run_steps(b, seccomp.restore(b, core, entry, sk.pid, b.put))
+
+
+WHOLE = """
+import signal
+signal.signal(signal.SIGUSR1, lambda *a: None)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGRTMIN + 1])
+os.kill(os.getpid(), signal.SIGUSR2)
+signal.setitimer(signal.ITIMER_REAL, 500, 3)
+os.chdir("/usr/lib"); os.umask(0o027); os.setpgid(0, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (700, 800))
+prctl(15, b"whole")
+def other():
+    signal.pthread_kill(threading.get_ident(), signal.SIGRTMIN + 1)
+    prctl(15, b"second")
+    filters(deny(169, 1))
+    sysc(117, 4000, 4000, 4000)
+in_thread(other)
+filters(deny(175, 13))
+sysc(106, 5000)
+sysc(117, 5000, 5000, 5000)
+prctl(4, 1)
+"""
+ALSO = (*FIELDS, "SigPnd", "ShdPnd", "SigCgt", "SigIgn", "Umask")
+
+
+def words(tid: int, *, of: tuple[str, ...] = ALSO) -> dict[str, str]:
+    with open(f"/proc/{tid}/status") as f:
+        found = dict(line.rstrip("\n").split(":\t", 1) for line in f)
+    return {k: found[k] for k in of}
+
+
+def test_a_whole_process_is_taken_and_put_back():
+    with stopped(WHOLE) as src:
+        pid, signo = src.pid, (signal.SIGUSR2, signal.SIGRTMIN + 1)
+        with src.injection:
+            groups = [(b, [state.dump_thread(b, pid, t)]) for b, t in zip(src.batches, src.tids, strict=True)]
+            groups[0][1].append(state.dump_process(src.batches[0], pid))
+            results = run_all_steps(groups)
+        process = results[0][1]
+        assert state.exe_path(process) == os.readlink(f"/proc/{pid}/exe")
+        parts = [state.thread_state(r[0]) for r in results]
+        assert [p.core.comm for p in parts] == ["whole", "second"]
+        with skeleton(2) as (sk, batches):
+            main = batches[0]
+            moved_to = dict(zip(src.tids, sk.tids, strict=True))
+            whole = state.process_state(process)
+            # The numbers are the same on another host; on this one they cannot be.
+            whole.place.pid = whole.place.pgid = sk.pid
+            datas = []
+            for part in parts:
+                part.tid = moved_to[part.tid]
+                datas.append(part.SerializeToString())
+            process = whole.SerializeToString()
+            exe = os.open(state.exe_path(process), os.O_RDONLY)
+            try:
+                (there,) = sk.receive_fds([exe])
+            finally:
+                os.close(exe)
+            assert state.restore_outside(process, sk.pid) == []
+            (warnings,) = run_steps(main, state.restore_process(main, process, pid=sk.pid, exe_fd=there))
+            assert warnings == []
+            sk.close_fds([there])
+            run_all_steps(
+                [
+                    (
+                        b,
+                        [
+                            state.restore_thread(
+                                b, d, pid=sk.pid, tid=t, main=t == sk.pid, blob_at=sk.main.put
+                            )
+                        ],
+                    )
+                    for b, d, t in zip(batches, datas, sk.tids, strict=True)
+                ]
+            )
+            assert run_steps(main, state.restore_last(main, process)) == [[]]
+            for here, new in moved_to.items():
+                assert words(new) == words(here)
+            assert words(sk.pid, of=("ShdPnd",))["ShdPnd"][-4:] == f"{1 << signo[0] - 1:04x}"
+            assert os.readlink(f"/proc/{sk.pid}/cwd") == os.readlink(f"/proc/{pid}/cwd")
+            assert os.readlink(f"/proc/{sk.pid}/exe") == os.readlink(f"/proc/{pid}/exe")
+            assert os.getpgid(sk.pid) == sk.pid
+            # Credentials were changed last, and dumpable after them.
+            assert os.stat(f"/proc/{sk.pid}/mem").st_uid == 5000
+            timer = main.out(32)
+            main.call(SYS.getitimer, 0, timer.addr)
+            main.run()
+            interval, _, left, _ = struct.unpack("<4q", timer.data)
+            assert interval == 3
+            assert 400 < left <= 500
+
+
+def test_state_that_is_none_is_refused():
+    for parse in (state.process_state, state.thread_state):
+        with pytest.raises(ProtocolError):
+            parse(b"\xff\xff\xff")
