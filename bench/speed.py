@@ -75,13 +75,14 @@ def places() -> Iterator[tuple[Host, Host, Daemon, Path]]:
 
 def one_run(mib: int, pages: int, *options: str, writer_options: tuple[str, ...] = ()) -> Run:
     """Moves a fresh writer between fresh hosts."""
-    warm_memory(2 * mib + 256)
-    with places() as (source, destination, daemon, directory):
+    with warm_memory(mib + 256) as for_destination, places() as (source, destination, daemon, directory):
+        warm_memory(mib + 256).close()
         words = ["--mib", str(mib), "--pages-per-tick", str(pages), *writer_options]
         writer = Writer(source, directory / "writer", *words)
         time.sleep(0.5)
         writer.mark()
         time.sleep(QUIET_S)
+        for_destination.close()
         move = migrate(source, writer.pid, daemon.to, *options)
         if move.status != 0:
             raise SystemExit(f"the move failed: {move.final} {move.errors}")

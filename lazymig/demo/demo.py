@@ -129,8 +129,9 @@ def _move(
 
 
 def _demo(options: DemoOptions, show: _Show, directory: Path) -> DemoResult:
-    warm_memory(2 * options.mib + 64)
     with contextlib.ExitStack() as stack:
+        for_destination = stack.enter_context(warm_memory(options.mib + 64))
+        warm_memory(options.mib + 64).close()
         source, destination = stack.enter_context(two_hosts())
         show.phase(
             "hosts", f"source {source.address}, destination {destination.address}, joined by a veth pair"
@@ -146,6 +147,7 @@ def _demo(options: DemoOptions, show: _Show, directory: Path) -> DemoResult:
             "every 200 us, and can verify every byte",
         )
         time.sleep(WARM_UP_S)
+        for_destination.close()
         moves = []
         intact, bad = True, 0
         for n in range(1 + options.back_and_forth):
