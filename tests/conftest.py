@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from criu import criu, lazy_pipes  # noqa: F401 (fixtures)
 
 from lazymig.demo import hosts as isolated
 from lazymig.demo.hosts import Host
