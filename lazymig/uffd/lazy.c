@@ -69,6 +69,35 @@ void lm_lazy_free(lm_lazy *z)
 	free(z);
 }
 
+/* What lm_lazy_arm does but for the kernel's part. Locked. */
+static int fill_in(lm_lazy *z, const lm_range *areas, uint64_t nareas, const lm_range *pending, uint64_t npending)
+{
+	lm_space *s = z->space[0];
+	int err = z->asked ? EALREADY : lm_index_init(&z->index, pending, npending);
+
+	if (err)
+		return err;
+	lm_areas_init(&s->areas, areas, nareas);
+	s->pending = lm_bits_ones(z->index.pages);
+	z->asked = calloc(lm_bits_words(z->index.pages) + 1, sizeof(*z->asked));
+	if (s->areas.failed || !s->pending || !z->asked)
+		return ENOMEM;
+	s->left = z->stats.remaining = z->index.pages;
+	return 0;
+}
+
+int lm_lazy_adopt(lm_lazy *z, const lm_range *areas, uint64_t nareas, const lm_range *pending, uint64_t npending)
+{
+	int err;
+
+	lm_lock_fault(z);
+	err = fill_in(z, areas, nareas, pending, npending);
+	z->told_done = false;
+	lm_tell_if_done(z);
+	lm_unlock_fault(z);
+	return err;
+}
+
 lm_result lm_lazy_arm(lm_lazy *z, const lm_range *areas, uint64_t nareas, const lm_range *pending,
 		      uint64_t npending)
 {
@@ -77,20 +106,9 @@ lm_result lm_lazy_arm(lm_lazy *z, const lm_range *areas, uint64_t nareas, const 
 	uint64_t ioctls;
 
 	lm_lock_fault(z);
-	if (z->asked)
-		result.err = EALREADY;
-	else
-		result.err = lm_index_init(&z->index, pending, npending);
+	result.err = fill_in(z, areas, nareas, pending, npending);
 	if (result.err)
 		goto out;
-	lm_areas_init(&s->areas, areas, nareas);
-	s->pending = lm_bits_ones(z->index.pages);
-	z->asked = calloc(lm_bits_words(z->index.pages) + 1, sizeof(*z->asked));
-	if (s->areas.failed || !s->pending || !z->asked) {
-		result.err = ENOMEM;
-		goto out;
-	}
-	s->left = z->stats.remaining = z->index.pages;
 	for (; result.done < nareas; result.done++) {
 		const lm_range *r = &areas[result.done];
 
@@ -408,6 +426,33 @@ uint64_t lm_lazy_pending(lm_lazy *z, lm_range *out, uint64_t room)
 	}
 	free(any);
 	return found;
+}
+
+uint64_t lm_lazy_wanted(lm_lazy *z, uint64_t *addr, uint64_t end)
+{
+	uint64_t page, run, at = *addr, first = LM_NO_PAGE, n = 0;
+	size_t i;
+
+	lm_lock_bulk(z);
+	while (first == LM_NO_PAGE && lm_index_next(&z->index, &at, end, &page, &run)) {
+		for (i = 0; i < z->nspaces; i++) {
+			uint64_t begin, stop = page + run, length;
+
+			if (!z->space[i]->left || (begin = lm_bits_next(z->space[i]->pending, page, stop)) == stop)
+				continue;
+			length = lm_bits_next_clear(z->space[i]->pending, begin, stop) - begin;
+			if (begin < first) {
+				first = begin;
+				n = length;
+			} else if (begin == first && length > n) {
+				n = length;
+			}
+		}
+	}
+	if (first != LM_NO_PAGE)
+		*addr = lm_index_addr(&z->index, first, &run);
+	lm_unlock_bulk(z);
+	return n;
 }
 
 void lm_lazy_get_stats(lm_lazy *z, lm_lazy_stats *out)

@@ -40,6 +40,8 @@ void lm_lazy_free(lm_lazy *z);
  * `done` is the index of the area that failed. */
 lm_result lm_lazy_arm(lm_lazy *z, const lm_range *areas, uint64_t nareas, const lm_range *pending,
 		      uint64_t npending);
+/* The same for areas that whoever made the userfaultfd registers, now or later. 0 or errno. */
+int lm_lazy_adopt(lm_lazy *z, const lm_range *areas, uint64_t nareas, const lm_range *pending, uint64_t npending);
 /* Uses a duplicate of this socket for requests from now on, asking again for all that has not arrived. 0 or errno. */
 int lm_lazy_attach(lm_lazy *z, int sock);
 /* The fault loop; returns when lm_lazy_stop was called. `spin_ns`: how long to look again before sleeping. */
@@ -52,6 +54,9 @@ int lm_lazy_covers(lm_lazy *z, uint64_t addr, uint64_t pages);
 int lm_lazy_place(lm_lazy *z, uint64_t addr, uint64_t pages, const uint8_t *data);
 /* The pages pending in any space, by source address; returns how many ranges there are, writing up to `room`. */
 uint64_t lm_lazy_pending(lm_lazy *z, lm_range *out, uint64_t room);
+/* How many pages in a row from *addr on are pending in some space, all below `end`; *addr is moved to the first such
+ * page. 0: there is none. */
+uint64_t lm_lazy_wanted(lm_lazy *z, uint64_t *addr, uint64_t end);
 void lm_lazy_get_stats(lm_lazy *z, lm_lazy_stats *out);
 /* Takes the registrations off all areas. Only when nothing is pending, or whoever runs there is to be killed. */
 void lm_lazy_unregister(lm_lazy *z);

@@ -80,6 +80,12 @@ class LazyMemory:
             at = f"{areas[r.done][0]:x}-{areas[r.done][1]:x}" if r.done < len(areas) else ""
             raise SyscallError("UFFDIO_REGISTER", r.err, subject=at)
 
+    def adopt(self, areas: RangeSet, pending: RangeSet) -> None:
+        """As ``arm``, but for areas that whoever made the userfaultfd registers, now or later."""
+        err = lib.lm_lazy_adopt(self.table, areas.ptr, len(areas), pending.ptr, len(pending))
+        if err:
+            raise SyscallError("lazy memory", err)
+
     def start(self, cpu: int | None = None, spin_us: int = 0) -> None:
         """Starts the fault loop, on one CPU if told so: waking it there takes 4 us, from another CPU about 45.
 

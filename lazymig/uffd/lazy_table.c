@@ -175,6 +175,7 @@ lm_space *lm_space_add(lm_lazy *z, int uffd)
 /* The process has ended, or runs another program. The space stays in the list, empty, for the next child. */
 void lm_space_drop(lm_lazy *z, lm_space *s)
 {
+	lm_record_event(z, 0, s, 0, 0, 0);
 	if (s->pending)
 		z->stats.dropped += clear_pending(z, s, 0, z->index.pages);
 	free(s->pending);
@@ -366,15 +367,19 @@ static void event(lm_lazy *z, lm_space *s, const struct uffd_msg *m)
 	z->stats.events++;
 	switch (m->event) {
 	case UFFD_EVENT_FORK:
+		lm_record_fork(z, s, (int)m->arg.fork.ufd);
 		lm_space_fork(z, s, (int)m->arg.fork.ufd);
 		break;
 	case UFFD_EVENT_REMAP:
+		lm_record_event(z, m->event, s, m->arg.remap.from, m->arg.remap.to, m->arg.remap.len);
 		lm_space_remap(z, s, m->arg.remap.from, m->arg.remap.to, m->arg.remap.len);
 		break;
 	case UFFD_EVENT_REMOVE:
+		lm_record_event(z, m->event, s, m->arg.remove.start, m->arg.remove.end, 0);
 		lm_space_remove(z, s, m->arg.remove.start, m->arg.remove.end);
 		break;
 	case UFFD_EVENT_UNMAP:
+		lm_record_event(z, m->event, s, m->arg.remove.start, m->arg.remove.end, 0);
 		lm_space_unmap(z, s, m->arg.remove.start, m->arg.remove.end);
 		break;
 	}
@@ -512,6 +517,7 @@ bool lm_place_step(lm_lazy *z, uint64_t page, uint64_t src, uint64_t n, const ui
 	if (again)
 		return false;
 	lm_bits_clear(z->asked, page, n);
+	lm_record_placed(z, page, n);
 	if (!data)
 		lm_retry_deferred(z);
 	return true;

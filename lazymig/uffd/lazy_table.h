@@ -9,6 +9,7 @@
 #include "lazymig/uffd/areas.h"
 #include "lazymig/uffd/fault_wire.h"
 #include "lazymig/uffd/lazy.h"
+#include "lazymig/uffd/lazy_record.h"
 
 #define LM_EXPECTED 16
 
@@ -52,6 +53,9 @@ struct lm_lazy {
 	uint8_t in[2 * (sizeof(lm_fault_head) + LM_FAULT_MAX_PAGES * LM_PAGE)]; /* replies as far as they have come */
 	size_t in_n;
 	_Atomic bool stop;
+	lm_record *record; /* NULL: none is written */
+	int keeper;
+	lm_keep keep;
 	lm_lazy_stats stats;
 };
 
