@@ -2,14 +2,10 @@
 #ifndef LAZYMIG_STORE_H
 #define LAZYMIG_STORE_H
 
+#include "lazymig/images/extents.h"
 #include "page_server/bulk.h"
 
 /* cffi: begin */
-/* Bytes of a file that belong at these addresses. */
-typedef struct {
-	uint64_t start, end, offset;
-} lm_extent;
-
 /* Appends the batch that lm_bulk_fill read to a file, at *offset, which moves on. The ranges that the file now
  * holds are copied to `got` (room for 256), their number to done. */
 lm_result lm_bulk_store(lm_bulk *b, int file, uint64_t *offset, lm_range *got);

@@ -111,7 +111,7 @@ async def test_the_format_is_criu_s(process, tmp_path):
 
 def write_entries(directory, entries, parent=None):
     with LayerWriter(directory, 5, parent=parent) as writer:
-        os.pwrite(writer._fd, bytes(PAGE) * sum(n for _, n, f in entries if f & PE_PRESENT), 0)
+        os.pwrite(writer.pages_fd, bytes(PAGE) * sum(n for _, n, f in entries if f & PE_PRESENT), 0)
         writer.commit(entries)
     return LayerReader(directory, 5)
 

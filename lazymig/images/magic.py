@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
@@ -246,3 +246,8 @@ def name_of_magic(first: int, second: int) -> str:
         ):
             return kind.name
     return f"{first:08x} {second:08x}"
+
+
+def zstd_kind(kind: str) -> Kind:
+    """The kind of a pagemap whose pages are packed: the same names and messages, but a magic of ours."""
+    return replace(KINDS[kind], magic=ZSTD_PAGEMAP)

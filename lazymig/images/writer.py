@@ -1,0 +1,181 @@
+"""Writing an image directory: it is not there, or it is there whole and on the disk.
+
+Everything goes to a hidden directory beside it. ``commit`` writes the inventory last, syncs, and only then gives
+the directory its name: whoever is killed, or meets a full disk, before leaves nothing that looks like a dump.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from google.protobuf.message import Message
+
+from lazymig.errors import LazymigError, SyscallError
+from lazymig.images import checksums as sums
+from lazymig.images import packed
+from lazymig.images.directory import PARENT
+from lazymig.images.framing import ImageWriter, write_image
+from lazymig.images.magic import KINDS, zstd_kind
+from lazymig.pb import inventory_pb2, pagemap_pb2
+
+IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1: two magic words
+Entry = tuple[int, int, int]  # address, pages, PE_* flags
+
+
+@contextlib.contextmanager
+def telling(call: str, path: Path | str) -> Iterator[None]:
+    """Turns an OSError into a SyscallError that names the path, and says what to do about a full disk."""
+    try:
+        yield
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room: nothing was left behind" if full else ""
+        raise SyscallError(call, e.errno or errno.EIO, subject=str(path), hint=hint) from e
+
+
+class DirectoryWriter:
+    """Writes one image directory. A context manager: what was not committed is removed.
+
+    ``parent``: the layer below. ``checksums``: add a file with the checksum of every other. ``compress``: pages
+    are packed with zstd, and pagemaps are such as no reader of CRIU's takes for its own. LazymigError
+    ``layer-exists`` when there is something already, ``no-parent``; SyscallError names the file.
+    """
+
+    def __init__(
+        self, directory: Path, *, parent: Path | None = None, checksums: bool = False, compress: bool = False
+    ) -> None:
+        self.directory = directory.absolute()
+        self._checksums, self._compress = checksums, compress
+        self._pages: dict[int, int] = {}  # number of a pages file -> its descriptor
+        self._lock = -1
+        self.path: Path | None = None
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise LazymigError("there is something already", code="layer-exists", subject=str(directory))
+        if parent is not None and not parent.is_dir():
+            raise LazymigError("there is no such directory", code="no-parent", subject=str(parent))
+        if compress:
+            packed.require()
+        with telling("mkdir", self.directory):
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            self.path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.directory.parent))
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if parent is not None:
+                target = os.path.relpath(os.path.realpath(parent), os.path.realpath(self.directory))
+                (self.path / PARENT).symlink_to(target)
+
+    @property
+    def _prefix(self) -> str:
+        return f".{self.directory.name}.lazymig-partial-"
+
+    def _remove_leftovers(self) -> None:
+        """Removes what writers of this very directory left that were killed: their locks are free."""
+        for left in self.directory.parent.glob(f"{self._prefix}*"):
+            with contextlib.suppress(OSError):
+                fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+                finally:
+                    os.close(fd)
+
+    def __enter__(self) -> DirectoryWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _tmp(self) -> Path:
+        if self.path is None:
+            raise ValueError("the directory is committed or removed")
+        return self.path
+
+    def image(self, kind: str, ident: int | None = None) -> ImageWriter:
+        """A new image of this kind, to which records are added one by one. Close it before ``commit``."""
+        return ImageWriter(self._tmp / KINDS[kind].file_name(ident))
+
+    def write(self, kind: str, messages: Message | Iterable[Message], ident: int | None = None) -> None:
+        """A whole image without blobs."""
+        write_image(self._tmp / KINDS[kind].file_name(ident), messages)
+
+    def blob(self, name: str, data: bytes) -> None:
+        """A file of one's own."""
+        with (
+            telling("write", self.directory / name),
+            open(self._tmp / name, "xb", opener=_private) as f,
+        ):
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+
+    def pages(self, pages_id: int) -> int:
+        """A new pages file: its descriptor, for writing, which stays this writer's."""
+        name = KINDS["pages"].file_name(pages_id)
+        with telling("open", self.directory / name):
+            fd = os.open(self._tmp / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._pages[pages_id] = fd
+        return fd
+
+    def pagemap(self, ident: int, pages_id: int, entries: Iterable[Entry], *, kind: str = "pagemap") -> None:
+        """The pagemap of a process (or of shared memory): (address, pages, PE_* flags), sorted by address."""
+        name = KINDS[kind].file_name(ident)
+        with ImageWriter(self._tmp / name, zstd_kind(kind) if self._compress else None) as image:
+            image.write(pagemap_pb2.pagemap_head(pages_id=pages_id))
+            entry = pagemap_pb2.pagemap_entry(compat_nr_pages=0)
+            for entry.vaddr, entry.nr_pages, entry.flags in entries:
+                image.write(entry)
+
+    def commit(self, inventory: inventory_pb2.inventory_entry | None = None) -> None:
+        """Puts the directory in its place, on the disk. Without an inventory given a plain one is written."""
+        tmp = self._tmp
+        for pages_id, fd in self._pages.items():
+            raw = tmp / KINDS["pages"].file_name(pages_id)
+            if self._compress:
+                packed.pack(fd, tmp / packed.file_name(pages_id), self.directory)
+                raw.unlink()
+            else:
+                with telling("fsync", self.directory / raw.name):
+                    os.fsync(fd)
+        if self._checksums:
+            self.blob(sums.NAME, sums.make(tmp))
+        self.write("inventory", inventory or inventory_pb2.inventory_entry(img_version=IMG_VERSION))
+        with telling("rename", self.directory):
+            sync_directory(tmp)
+            os.rename(tmp, self.directory)
+            self.path = None
+            sync_directory(self.directory.parent)
+        self.close()
+
+    def close(self) -> None:
+        """Removes what was not committed. Again is allowed."""
+        for fd in self._pages.values():
+            os.close(fd)
+        self._pages.clear()
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes what a directory lists durable. OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
