@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 # Program -> its sources. Each is linked statically, so that it starts in a foreign mount namespace too.
 PROGRAMS = {
     "lazymig/skeleton/keeper": ["lazymig/skeleton/native/keeper.c"],
+    "lazymig/track/holder": ["lazymig/track/native/holder.c"],
     "lazymig/demo/writer": [
         f"lazymig/demo/native/{name}.c" for name in ("writer", "arena", "threads", "memory", "state")
     ],

@@ -18,6 +18,7 @@ from lazymig import report
 from lazymig.errors import LazymigError, RefusedError
 from lazymig.kernel import kdat
 from lazymig.migrate import options as opt
+from lazymig.predump_cli import predump, untrack
 
 T = TypeVar("T")
 
@@ -63,6 +64,10 @@ def _fail(error: LazymigError) -> NoReturn:
 @click.version_option(package_name="lazymig", prog_name="lazymig")
 def main() -> None:
     """Move a running process to another host while it keeps working."""
+
+
+main.add_command(predump)
+main.add_command(untrack)
 
 
 @main.command()
@@ -224,36 +229,6 @@ def migrate(
     except RefusedError as e:
         if shown.final is None:
             shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
-    except LazymigError as e:
-        shown.error(e)
-    finally:
-        shown.close()
-    sys.exit(shown.exit_status)
-
-
-@main.command()
-@click.argument("pid", type=click.IntRange(min=1))
-@click.option(
-    "--images-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Where the layer goes.",
-)
-@click.option(
-    "--parent",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="An earlier layer of the same process: write only what changed since.",
-)
-@AS_JSON
-def predump(pid: int, images_dir: Path, parent: Path | None, as_json: bool) -> None:
-    """Write one round of a process's memory to disk while it runs."""
-    from lazymig.migrate.predump import run_predump
-
-    shown = report.reporter(as_json=as_json)
-    try:
-        run_predump(opt.PredumpOptions(pid=pid, images_dir=images_dir, parent=parent), shown.event)
-    except RefusedError as e:
-        shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
     except LazymigError as e:
         shown.error(e)
     finally:

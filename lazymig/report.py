@@ -190,12 +190,24 @@ def _median_us(histogram: object) -> float:
     return 0.0
 
 
+# How a pre-dump found what to write.
+_HOW = {
+    "full": "full, it has no parent",
+    "tracked": "what was written since the parent",
+    "compared": "what differs from the parent",
+}
+
+
 def summary(done: Event) -> list[tuple[str, str]]:
     """The final report's rows, from a ``done`` event."""
     if done.get("dry_run"):
         return [("dry run", "it can be moved; nothing was stopped or changed")]
+    if "untracked" in done:
+        return [("tracking", "ended" if done["untracked"] else "there was none")]
     if "images_dir" in done:
         rows = [("layer", clean(done["images_dir"]))]
+        if how := _HOW.get(str(done.get("base"))):
+            rows.append(("round", f"{how}: {clean(done['why'])}" if done.get("why") else how))
     else:
         rows = [("downtime", duration(number(done, "downtime_ms")))]
     for key, title in (("breakdown", "of which"), ("destination_breakdown", "over there")):
@@ -382,7 +394,8 @@ class LiveReporter(Reporter):
 
 def report_table(done: Event) -> Table:
     """The final report for a terminal."""
-    title = "can be moved" if done.get("dry_run") else "written" if "images_dir" in done else "moved"
+    titles = {"dry_run": "can be moved", "images_dir": "written", "untracked": "not tracked"}
+    title = next((t for key, t in titles.items() if key in done), "moved")
     table = Table(show_header=False, title=title, title_justify="left", title_style="bold green")
     for name, value in summary(done):
         table.add_row(Text(name, style="bold"), Text(value))

@@ -160,7 +160,9 @@ def test_who_can_connect(listen, insecure):
     assert opt.DaemonOptions(tuple(listen)).insecure is insecure
 
 
-@pytest.mark.parametrize("command", [[], ["check"], ["lazy-pages"], ["migrate"], ["predump"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["check"], ["lazy-pages"], ["migrate"], ["predump"], ["untrack"], ["demo"]]
+)
 def test_help(command):
     r = lazymig(*command, "--help")
     assert r.returncode == 0
@@ -191,6 +193,7 @@ def test_version():
         ["migrate", "1", "--to", "b", "--streams", "99"],
         ["lazy-pages", "--listen", ":7077"],
         ["predump", "1"],
+        ["untrack"],
     ],
 )
 def test_wrong_usage(args):

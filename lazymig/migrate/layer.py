@@ -1,7 +1,7 @@
 """Layers on disk as migrations use them: which process a layer is of, and what of it is still true.
 
-No tracker lives on between a pre-dump and a migration, so what has not changed is found by comparing memory with
-the layer: as fast as reading both, and never wrong.
+A tracker that lives on since the layer was written (track/chain.py) knows what has not changed. Without one it is
+found by comparing memory with the layer: as fast as reading both, and never wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 from lazymig.errors import LazymigError, SyscallError
 from lazymig.kernel.ranges import RangeSet
 from lazymig.native import ffi, lib
+from lazymig.track.chain import AdoptedTracker
+from lazymig.track.wp_async import WpAsyncTracker
 from page_server.layers import LayerReader, load_extents
 
 IDENTITY = "lazymig-layer.json"
@@ -55,6 +57,13 @@ def _identity(directory: Path) -> dict[str, Any]:
         ) from None
 
 
+def parent_directory(directory: Path, parent: Path) -> Path:
+    """Where ``parent``, as the command line has it, is: relative to the place of ``directory``, as in CRIU."""
+    # One that is there may be a link: then, as for the kernel, what it leads to counts.
+    base = directory.resolve() if directory.exists() else directory.absolute()
+    return Path(os.path.normpath(base / parent))
+
+
 class ParentLayer:
     """A layer, as the base of what is sent or written next."""
 
@@ -71,6 +80,20 @@ class ParentLayer:
             )
         self.pid = pid
         self.reader = LayerReader(directory, pid)
+
+    def still_true(self, pages: RangeSet, tracker: WpAsyncTracker | None, shared: RangeSet) -> RangeSet:
+        """Those of ``pages`` that are as in the layer; asks a tracker that lives since then, else the pages."""
+        if isinstance(tracker, AdoptedTracker) and tracker.head == self.id and tracker.changed is not None:
+            return self.unchanged_but(pages, tracker.changed, shared)
+        return self.unchanged(pages)
+
+    def unchanged_but(self, pages: RangeSet, delta: RangeSet, shared: RangeSet) -> RangeSet:
+        """Those of ``pages`` that are as in the layer, when only ``delta`` may have changed since it was written.
+
+        ``shared`` memory can be written past any tracker, so there the pages themselves are asked.
+        """
+        same = (pages - delta - shared) & self.reader.covered()
+        return same | self.unchanged(pages & shared)
 
     def unchanged(self, pages: RangeSet) -> RangeSet:
         """Those of ``pages`` whose content in memory is what the layer holds."""

@@ -110,7 +110,8 @@ class PredumpOptions:
 
     pid: int
     images_dir: Path
-    parent: Path | None = None
+    parent: Path | None = None  # relative: to the place of images_dir
+    track: bool = True  # by a tracker that lives on
 
     def __post_init__(self) -> None:
         if self.pid <= 0:

@@ -247,7 +247,8 @@ class SourceMigration:
     async def _from_parent(self, pages: RangeSet) -> RangeSet:
         """In the first round: lets the destination take from its copy of the parent layer what that holds."""
         parent, self._parent = self._parent, None
-        same = parent.unchanged(pages) if parent else RangeSet()
+        shared, tracker = self.target.mapped().shared, self.target.tracker
+        same = parent.still_true(pages, tracker, shared) if parent else RangeSet()
         if parent and same:
             frame = {"t": "parent", "dir": str(parent.directory), "layer": parent.id}
             await self.links.control.send(frame, same.to_bytes())

@@ -22,6 +22,7 @@ from lazymig.process.limits import MEMBARRIER_GET_REGISTRATIONS
 from lazymig.process.source import SourceProcess
 from lazymig.process.threads import source_registers
 from lazymig.process.vmas import PROT_WRITE, SHARED_MEMORY, Kind, Layout, Vma, read_layout, special
+from lazymig.track.chain import adopt
 from lazymig.track.shmem import ObjectExtents
 from lazymig.track.wp_async import Mapped, WpAsyncTracker, guard_pages
 from lazymig.uffd.uffd import FEATURES_TRACK, Userfaultfd
@@ -264,6 +265,11 @@ class Target:
             self.let_run()
 
     def plant_tracker(self) -> WpAsyncTracker:
+        """Begins to track it: with what a pre-dump left behind, else anew. LazymigError ``tracker-busy``."""
+        self.tracker = adopt(self.pid) or WpAsyncTracker(self.pid, self.new_userfaultfd())
+        return self.tracker
+
+    def new_userfaultfd(self) -> Userfaultfd:
         """Makes a userfaultfd inside the process and takes it away: the process keeps no descriptor."""
         self.refresh_layout(with_flags=True)
         self.stop()
@@ -280,8 +286,7 @@ class Target:
             self.let_run()
         uffd = Userfaultfd(ours)
         uffd.api(FEATURES_TRACK)
-        self.tracker = WpAsyncTracker(self.pid, uffd)
-        return self.tracker
+        return uffd
 
     def replant_tracker(self) -> None:
         """After exec: the old address space is gone, and all that was known of it."""

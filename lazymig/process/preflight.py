@@ -14,8 +14,9 @@ from lazymig.kernel import procfs
 from lazymig.kernel.procfs import MapsEntry, Status
 from lazymig.process import calls, fs
 from lazymig.process.vmas import TASK_SIZE, Layout
+from lazymig.track import holder
 
-_PF_KTHREAD = 0x200000  # include/linux/sched.h
+_PF_EXITING, _PF_KTHREAD = 0x4, 0x200000  # include/linux/sched.h
 _KCMP_VM = 1
 _KCMP = {"memory": _KCMP_VM, "descriptors": 2, "directories": 3, "signal handlers": 4}
 _ELF_CLASS, _ELF_64 = 4, 2
@@ -48,7 +49,7 @@ def collect_refusals(
         found += _program(pid, allow_deleted=allow_deleted)
         found += _personality(pid)
         entries = procfs.smaps(pid)
-        found += _vmas(entries, allow_deleted=allow_deleted)
+        found += _vmas(entries, allow_deleted=allow_deleted, tracked=holder.tracked(pid))
         found += _sharers(pid, entries, notes)
     except PermissionError as e:
         reason = f"this user may not look into it ({e.filename})"
@@ -149,6 +150,11 @@ def _ancestors() -> set[int]:
     return found
 
 
+def _exiting(tid: int) -> bool:
+    """Whether a thread is on its way out: it has given up its memory and files, but can still be seen."""
+    return bool(procfs.stat(tid).flags & _PF_EXITING)
+
+
 def _threads(pid: int, s: Status) -> Iterator[Refusal]:
     if s.threads > MAX_THREADS:
         yield Refusal(
@@ -158,11 +164,11 @@ def _threads(pid: int, s: Status) -> Iterator[Refusal]:
     for tid in procfs.tids(pid)[1:]:
         try:
             for what, kind in _KCMP.items():
-                if calls.kcmp(pid, tid, kind, 0, 0) != 0:
+                if calls.kcmp(pid, tid, kind, 0, 0) != 0 and not _exiting(tid):
                     yield Refusal(
                         "threads-apart", f"thread {tid}", f"it does not share its {what} with the main thread"
                     )
-        except OSError:
+        except (OSError, ProcessGoneError):
             continue  # it ended meanwhile
     # vfork and clone(CLONE_VM): whoever shares the memory would be left with half of it.
     try:
@@ -256,12 +262,12 @@ _SPECIAL_FLAGS = {
 }
 
 
-def _vmas(entries: Sequence[MapsEntry], *, allow_deleted: bool) -> Iterator[Refusal]:
+def _vmas(entries: Sequence[MapsEntry], *, allow_deleted: bool, tracked: bool) -> Iterator[Refusal]:
     told: dict[str, int] = {}
     for e in entries:
         if e.path.startswith(("[vvar", "[vdso]", "[vsyscall]")):
             continue
-        reason = _vma(e, allow_deleted)
+        reason = _vma(e, allow_deleted, tracked)
         if reason is None:
             continue
         told[reason[0]] = told.get(reason[0], 0) + 1
@@ -272,12 +278,13 @@ def _vmas(entries: Sequence[MapsEntry], *, allow_deleted: bool) -> Iterator[Refu
             yield Refusal(code, f"{count - _MAX_NAMED} more VMAs", "for the same reason")
 
 
-def _vma(e: MapsEntry, allow_deleted: bool) -> tuple[str, ...] | None:
+def _vma(e: MapsEntry, allow_deleted: bool, tracked: bool) -> tuple[str, ...] | None:
     for prefix, reason in _SPECIAL_PATHS.items():
         if e.path.startswith(prefix) and not (prefix == "/dev/zero" and e.shared):
             return reason
     for flag, reason in _SPECIAL_FLAGS.items():
-        if flag in e.flags:
+        # Write protection is our own where a pre-dump tracks it; its own userfaultfd would be a descriptor too.
+        if flag in e.flags and not (flag == "uw" and tracked):
             return reason
     if e.pkey:
         return "pkey", f"it is guarded by a memory protection key ({e.pkey}), which cannot be moved yet"

@@ -1,0 +1,80 @@
+"""The commands of pre-dumps: `predump` and `untrack`. Parsing, wiring and printing, nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from lazymig import report
+from lazymig.errors import LazymigError, RefusedError
+from lazymig.migrate import options as opt
+
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option(
+    "-D",
+    "--images-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Where the layer goes.",
+)
+@click.option(
+    "--parent",
+    type=click.Path(path_type=Path),
+    help="An earlier layer of the same process: write only what changed since. A relative path counts from the "
+    "new layer's directory, as in CRIU: ../0.",
+)
+@click.option(
+    "--track/--no-track",
+    default=True,
+    show_default=True,
+    help="Leave a tracker behind (a small process, until `untrack` or the end of PID), so that the next round "
+    "knows what was written since this one.",
+)
+@_AS_JSON
+def predump(pid: int, images_dir: Path, parent: Path | None, track: bool, as_json: bool) -> None:
+    """Write one round of a process's memory to disk while it runs.
+
+    Says how it found what to write: a round is full, tracked, or (without a tracker that lives since the parent)
+    compared with the parent.
+    """
+    from lazymig.migrate.predump import run_predump
+
+    shown = report.reporter(as_json=as_json)
+    try:
+        run_predump(
+            opt.PredumpOptions(pid=pid, images_dir=images_dir, parent=parent, track=track), shown.event
+        )
+    except RefusedError as e:
+        shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
+    except LazymigError as e:
+        shown.error(e)
+    finally:
+        shown.close()
+    sys.exit(shown.exit_status)
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@_AS_JSON
+def untrack(pid: int, as_json: bool) -> None:
+    """End the tracking that a predump left behind: nothing of it stays in the process.
+
+    Exit status: 0 it is not tracked now, whether it was or not, 1 failed.
+    """
+    from lazymig.track import chain
+
+    shown = report.reporter(as_json=as_json)
+    try:
+        was = chain.untrack(pid)
+        shown.event({"event": "done", "pid": pid, "untracked": was})
+    except LazymigError as e:
+        shown.error(e)
+    finally:
+        shown.close()
+    sys.exit(shown.exit_status)
