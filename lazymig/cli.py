@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from lazymig import report
+from lazymig.checkpoint_cli import dump, restore
 from lazymig.errors import LazymigError, RefusedError
 from lazymig.kernel import kdat
 from lazymig.migrate import options as opt
@@ -67,6 +68,8 @@ def main() -> None:
 
 
 main.add_command(predump)
+main.add_command(dump)
+main.add_command(restore)
 main.add_command(untrack)
 
 

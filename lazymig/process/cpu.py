@@ -42,7 +42,8 @@ def _flags() -> list[str]:
     return []
 
 
-def _xstate() -> dict[str, Any]:
+def xstate() -> dict[str, Any]:
+    """Which components of extended state are enabled (``xcr0``), the area's ``size`` and their ``offsets``."""
     x = ffi.new("lm_xstate *")
     r = lib.lm_xstate_facts(x)
     if r.err:
@@ -73,7 +74,7 @@ def facts() -> dict[str, Any]:
         "release": platform.release(),
         "page": PAGE_SIZE,
         "flags": _flags(),
-        "xstate": _xstate(),
+        "xstate": xstate(),
         "vdso": _vdso(),
         "mmap_min_addr": lowest,
     }

@@ -66,6 +66,10 @@ class SkeletonMemory:
             os.close(old)
         self._objects[dev, inode] = fd
 
+    def object(self, dev: int, inode: int) -> int | None:
+        """This process's descriptor of a shared memory object that is mapped; it stays this object's."""
+        return self._objects.get((dev, inode))
+
     def apply(self, d: LayoutDiff, objects: dict[tuple[int, int], int]) -> None:
         """Makes the skeleton's memory what the source's is now.
 

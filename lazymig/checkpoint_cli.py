@@ -1,0 +1,96 @@
+"""The commands of dumps: `dump` and `restore`. Parsing, wiring and printing, nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from lazymig import report
+from lazymig.errors import LazymigError, RefusedError
+from lazymig.migrate import options as opt
+
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
+
+
+def _run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
+    shown = report.reporter(as_json=as_json)
+    try:
+        work(shown)
+    except RefusedError as e:
+        shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
+    except LazymigError as e:
+        shown.error(e)
+    finally:
+        shown.close()
+    sys.exit(shown.exit_status)
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option(
+    "-D",
+    "--images-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Where the images go; nothing may be there.",
+)
+@click.option("--leave-running", is_flag=True, help="Let the process go on instead of ending it.")
+@click.option(
+    "--stdio",
+    default=opt.Stdio.REFUSE.value,
+    show_default=True,
+    metavar="refuse|null|file[:PATH]",
+    help="What becomes of standard streams that lead to a terminal or another process: refuse to dump, "
+    "/dev/null, or append to a file where it is restored (/var/log/lazymig-PID.log).",
+)
+@click.option(
+    "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
+)
+@_AS_JSON
+def dump(
+    pid: int, images_dir: Path, leave_running: bool, stdio: str, tcp_close: bool, as_json: bool
+) -> None:
+    """Write the process PID to a directory, as images that CRIU restores too, and end it.
+
+    It ends only when the directory is complete and on the disk. A dump that fails or is killed leaves it running
+    and no directory.
+
+    Exit status: 0 dumped, 1 failed and the process runs on, 2 wrong usage, 3 refused.
+    """
+    from lazymig.checkpoint.dump import DumpOptions, run_dump
+
+    try:
+        choice, path = opt.parse_stdio(stdio, pid)
+    except opt.OptionError as e:
+        raise click.BadParameter(str(e), param_hint="--stdio") from e
+    options = DumpOptions(
+        pid=pid,
+        images_dir=images_dir,
+        leave_running=leave_running,
+        stdio=choice,
+        stdio_path=path,
+        tcp_close=tcp_close,
+    )
+    _run(lambda shown: run_dump(options, shown.event), as_json)
+
+
+@click.command()
+@click.option(
+    "-D",
+    "--images-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="A directory that dump, or CRIU, has written.",
+)
+@_AS_JSON
+def restore(images_dir: Path, as_json: bool) -> None:
+    """Make the process of an image directory, with the pid that it had; the directory is only read.
+
+    Exit status: 0 it runs, 1 failed and there is no process, 3 refused.
+    """
+    from lazymig.checkpoint.restore import RestoreOptions, run_restore
+
+    _run(lambda shown: run_restore(RestoreOptions(images_dir), shown.event), as_json)
