@@ -27,6 +27,7 @@ from lazymig.pb import inventory_pb2, pagemap_pb2
 
 IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1: two magic words
 Entry = tuple[int, int, int]  # address, pages, PE_* flags
+_MAX_COMPAT = (1 << 32) - 1
 
 
 @contextlib.contextmanager
@@ -130,8 +131,10 @@ class DirectoryWriter:
         name = KINDS[kind].file_name(ident)
         with ImageWriter(self._tmp / name, zstd_kind(kind) if self._compress else None) as image:
             image.write(pagemap_pb2.pagemap_head(pages_id=pages_id))
-            entry = pagemap_pb2.pagemap_entry(compat_nr_pages=0)
+            entry = pagemap_pb2.pagemap_entry()
             for entry.vaddr, entry.nr_pages, entry.flags in entries:
+                # Readers before CRIU 4.2 know only this one, and later ones only look at it without the other.
+                entry.compat_nr_pages = entry.nr_pages if entry.nr_pages <= _MAX_COMPAT else 0
                 image.write(entry)
 
     def commit(self, inventory: inventory_pb2.inventory_entry | None = None) -> None:
