@@ -128,6 +128,8 @@ def _process(
         mm.exe = os.fsencode(path_of(files.entries, mm.exe_file_id, name))
         if mm.exe_file_id in files.ghosts:
             mm.exe += _DELETED
+    if mm.whole_auxv:
+        mm.mm_saved_auxv[:] = mm.whole_auxv
     if not mm.HasField("thp_disable"):
         mm.thp_disable = int(mm.thp_disabled)
     fs = images.read_one("fs", pid)

@@ -34,6 +34,7 @@ _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "
 _GROWSDOWN = 0x100
 _VSYSCALL = (0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000)
 _MAX_VMAS = 1 << 20
+_MAX_AUXV = 44  # words; CRIU 4.2 refuses more
 
 _STATUS = {
     Kind.ANON: REGULAR | ANON_PRIVATE,
@@ -54,6 +55,9 @@ def to_mm(
     entry = mm_pb2.mm_entry()
     entry.CopyFrom(mm)
     entry.exe_file_id = _exe(mm, layout, files)
+    if len(mm.mm_saved_auxv) > _MAX_AUXV:
+        entry.whole_auxv.extend(mm.mm_saved_auxv)
+        del entry.mm_saved_auxv[_MAX_AUXV:]
     for v in layout:
         last = entry.vmas[-1] if entry.vmas else None
         if v.kind is Kind.VVAR and last is not None and last.status & VVAR and last.end == v.start:
