@@ -8,6 +8,7 @@ Errors are LazymigError ``bad-image`` whose subject names the file and the recor
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -50,6 +51,20 @@ def open_image(path: Path) -> int:
         os.close(fd)
         raise bad_image(path, "it is not a regular file")
     return fd
+
+
+def decode(message_type: type[M], data: bytes, path: Path, number: int) -> M:
+    """The message of a record. LazymigError ``bad-image`` when it is none, or lacks a required field."""
+    try:
+        message = message_type.FromString(data)
+        # Not all implementations of protobuf look at this while they parse.
+        missing = message.FindInitializationErrors()
+    except DecodeError as e:
+        raise bad_image(path, f"it is no {message_type.DESCRIPTOR.name}: {e}", record=number) from None
+    if missing:
+        what = f"it is no {message_type.DESCRIPTOR.name}: it lacks {', '.join(missing[:4])}"
+        raise bad_image(path, what, record=number)
+    return message
 
 
 class Record(NamedTuple):
@@ -140,12 +155,7 @@ class ImageReader:
                 raise bad_image(self.path, f"an image of kind {kind.name} has one record", record=number)
             message_type = kind.type_of(number)
             assert message_type is not None
-            try:
-                message = message_type.FromString(self._read(size))
-            except DecodeError as e:
-                raise bad_image(
-                    self.path, f"it is no {message_type.DESCRIPTOR.name}: {e}", record=number
-                ) from None
+            message = decode(message_type, self._read(size), self.path, number)
             at += size
             extra = kind.extra(message) if kind.extra else 0
             extra = self.size - at if extra == REST else extra
@@ -213,25 +223,36 @@ def header(kind: Kind) -> bytes:
     return (b"" if kind.words == 1 else _U32.pack(kind.first)) + _U32.pack(kind.magic)
 
 
+@contextlib.contextmanager
+def telling(call: str, path: Path | str) -> Iterator[None]:
+    """Turns an OSError into a SyscallError that names the path, and says what to do about a full disk."""
+    try:
+        yield
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room: nothing was left behind" if full else ""
+        raise SyscallError(call, e.errno or errno.EIO, subject=str(path), hint=hint) from e
+
+
 class ImageWriter:
     """Writes one new image file. A context manager: leaving it without an error syncs the file to the disk.
 
-    SyscallError names the file when it is there already, or cannot be written (a full disk).
+    SyscallError names the file (``shown``, when it will get another name) when it is there already, or cannot be
+    written (a full disk).
     """
 
-    def __init__(self, path: Path, kind: Kind | None = None) -> None:
+    def __init__(self, path: Path, kind: Kind | None = None, *, shown: Path | None = None) -> None:
         found = parse_name(path.name)
         if kind is None:
             if found is None:
                 raise ValueError(f"no kind of image is named {path.name}")
             kind = found[0]
         self.path, self.kind = path, kind
+        self._shown = shown or path
         self.records = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
+        with telling("open", self._shown):
             self._file: BinaryIO = os.fdopen(os.open(path, flags, 0o600), "wb", buffering=1 << 16)
-        except OSError as e:
-            raise SyscallError("open", e.errno or errno.EIO, subject=str(path)) from e
         self._put(header(kind))
 
     def __enter__(self) -> ImageWriter:
@@ -249,10 +270,8 @@ class ImageWriter:
             pass  # the error on its way out says more
 
     def _put(self, data: bytes) -> None:
-        try:
+        with telling("write", self._shown):
             self._file.write(data)
-        except OSError as e:
-            raise SyscallError("write", e.errno or errno.EIO, subject=str(self.path)) from e
 
     def write(self, message: Message, extra: bytes | Iterable[bytes] = b"") -> None:
         """Adds a record, and the blob that follows it (whole, or in pieces).
@@ -284,10 +303,9 @@ class ImageWriter:
         if self._file.closed:
             return
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as e:
-            raise SyscallError("write", e.errno or errno.EIO, subject=str(self.path)) from e
+            with telling("write", self._shown):
+                self._file.flush()
+                os.fsync(self._file.fileno())
         finally:
             try:
                 self._file.close()
@@ -295,8 +313,8 @@ class ImageWriter:
                 pass  # told already
 
 
-def write_image(path: Path, messages: Message | Iterable[Message]) -> None:
+def write_image(path: Path, messages: Message | Iterable[Message], *, shown: Path | None = None) -> None:
     """Writes a whole image without blobs; the kind is told by the name. SyscallError."""
-    with ImageWriter(path) as writer:
+    with ImageWriter(path, shown=shown) as writer:
         for message in (messages,) if isinstance(messages, Message) else messages:
             writer.write(message)

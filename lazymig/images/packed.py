@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lazymig.errors import LazymigError, SyscallError
-from lazymig.images.framing import bad_image, open_image
+from lazymig.images.framing import bad_image, open_image, telling
 
 FRAME = 256 << 10  # bytes of pages in a frame
 _LEVEL = 3
@@ -51,7 +51,7 @@ def pack(fd: int, path: Path, shown: Path) -> None:
     packer = require().ZstdCompressor(level=_LEVEL, write_content_size=True)
     table = bytearray()
     at, size = 0, os.fstat(fd).st_size
-    try:
+    with telling("write", shown / path.name):
         out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(out, "wb", buffering=1 << 20) as f:
             while at < size and (raw := os.pread(fd, min(FRAME, size - at), at)):
@@ -63,8 +63,6 @@ def pack(fd: int, path: Path, shown: Path) -> None:
             f.write(_FOOT.pack(len(table) // _HEAD.size, 0, _SEEKABLE))
             f.flush()
             os.fsync(f.fileno())
-    except OSError as e:
-        raise SyscallError("write", e.errno or 5, subject=str(shown / path.name)) from e
 
 
 class PackedPages:
@@ -123,7 +121,7 @@ class PackedPages:
     @property
     def size(self) -> int:
         """Bytes of pages, unpacked."""
-        return self._raw[-1]
+        return int(self._raw[-1])
 
     def _frame(self, i: int) -> bytes:
         packed_size, size = self._at[i + 1] - self._at[i], self._raw[i + 1] - self._raw[i]

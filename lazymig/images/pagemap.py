@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from google.protobuf.message import DecodeError
-
 from lazymig.errors import LazymigError, SyscallError
 from lazymig.images.directory import ImageDirectory
-from lazymig.images.framing import bad_image, header, open_image
+from lazymig.images.framing import bad_image, decode, header, open_image
 from lazymig.images.magic import COMMON, KINDS, ZSTD_PAGEMAP
 from lazymig.kernel.ranges import RangeSet
 from lazymig.native import CData, ffi, lib
@@ -113,10 +111,8 @@ class Layer:
             raise bad_image(self.path, "it has no head", record=0)
         if size > _MAX_HEAD or 12 + size > len(data):
             raise bad_image(self.path, "it ends amid a record", record=0)
-        try:
-            self.pages_id = int(pagemap_pb2.pagemap_head.FromString(data[12 : 12 + size]).pages_id)
-        except DecodeError as e:
-            raise bad_image(self.path, f"it is no pagemap_head: {e}", record=0) from None
+        head = decode(pagemap_pb2.pagemap_head, data[12 : 12 + size], self.path, 0)
+        self.pages_id = int(head.pages_id)
         name = f"pages-{self.pages_id}.zst" if self.compressed else KINDS["pages"].file_name(self.pages_id)
         self.pages_path = self.directory / name
         return 12 + size

@@ -7,38 +7,26 @@ the directory its name: whoever is killed, or meets a full disk, before leaves n
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from google.protobuf.message import Message
 
-from lazymig.errors import LazymigError, SyscallError
+from lazymig.errors import LazymigError
 from lazymig.images import checksums as sums
 from lazymig.images import packed
 from lazymig.images.directory import PARENT
-from lazymig.images.framing import ImageWriter, write_image
+from lazymig.images.framing import ImageWriter, telling, write_image
 from lazymig.images.magic import KINDS, zstd_kind
 from lazymig.pb import inventory_pb2, pagemap_pb2
 
 IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1: two magic words
 Entry = tuple[int, int, int]  # address, pages, PE_* flags
 _MAX_COMPAT = (1 << 32) - 1
-
-
-@contextlib.contextmanager
-def telling(call: str, path: Path | str) -> Iterator[None]:
-    """Turns an OSError into a SyscallError that names the path, and says what to do about a full disk."""
-    try:
-        yield
-    except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "make room: nothing was left behind" if full else ""
-        raise SyscallError(call, e.errno or errno.EIO, subject=str(path), hint=hint) from e
 
 
 class DirectoryWriter:
@@ -102,11 +90,13 @@ class DirectoryWriter:
 
     def image(self, kind: str, ident: int | None = None) -> ImageWriter:
         """A new image of this kind, to which records are added one by one. Close it before ``commit``."""
-        return ImageWriter(self._tmp / KINDS[kind].file_name(ident))
+        name = KINDS[kind].file_name(ident)
+        return ImageWriter(self._tmp / name, shown=self.directory / name)
 
     def write(self, kind: str, messages: Message | Iterable[Message], ident: int | None = None) -> None:
         """A whole image without blobs."""
-        write_image(self._tmp / KINDS[kind].file_name(ident), messages)
+        name = KINDS[kind].file_name(ident)
+        write_image(self._tmp / name, messages, shown=self.directory / name)
 
     def blob(self, name: str, data: bytes) -> None:
         """A file of one's own."""
@@ -129,7 +119,8 @@ class DirectoryWriter:
     def pagemap(self, ident: int, pages_id: int, entries: Iterable[Entry], *, kind: str = "pagemap") -> None:
         """The pagemap of a process (or of shared memory): (address, pages, PE_* flags), sorted by address."""
         name = KINDS[kind].file_name(ident)
-        with ImageWriter(self._tmp / name, zstd_kind(kind) if self._compress else None) as image:
+        packed_kind = zstd_kind(kind) if self._compress else None
+        with ImageWriter(self._tmp / name, packed_kind, shown=self.directory / name) as image:
             image.write(pagemap_pb2.pagemap_head(pages_id=pages_id))
             entry = pagemap_pb2.pagemap_entry()
             for entry.vaddr, entry.nr_pages, entry.flags in entries:
