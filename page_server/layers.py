@@ -42,6 +42,7 @@ __all__ = [
     "PagesWriter",
     "load_extents",
     "load_files",
+    "load_packed",
     "write_layer",
 ]
 
@@ -223,17 +224,18 @@ def load_extents(extents: list[Extent], pid: int, mem_fd: int) -> None:
         items = list(group)
         packed = ffi.new("lm_extent[]", [(e.start, e.end, e.offset) for e in items])
         with opened(path) as fd:
-            _load(fd, packed, len(items), path, pid, mem_fd)
+            load_packed(fd, packed, len(items), path, pid, mem_fd)
 
 
 def load_files(files: list[FileExtents], pid: int, mem_fd: int) -> None:
     """The same for what ``Resolved.files`` tells, packed pages included."""
     for f in files:
         for fd, extents, n in open_extents(f):
-            _load(fd, extents, n, f.layer.pages_path, pid, mem_fd)
+            load_packed(fd, extents, n, f.layer.pages_path, pid, mem_fd)
 
 
-def _load(fd: int, packed: CData, n: int, path: Path, pid: int, mem_fd: int) -> None:
+def load_packed(fd: int, packed: CData, n: int, path: Path, pid: int, mem_fd: int) -> None:
+    """The same for ``n`` extents (``lm_extent *``) of the file ``fd``, which ``path`` names in errors."""
     r = lib.lm_store_load(fd, packed, n, pid, mem_fd)
     if r.err == errno.EPIPE:
         raise bad_image(path, "it is shorter than its pagemap says")
