@@ -43,6 +43,8 @@ class FileTable:
             own.CopyFrom(e)
             if own.HasField("reg"):
                 _fit(own.reg)
+            if own.HasField("pidfd"):
+                own.pidfd.flags &= ~os.O_ACCMODE  # CRIU gives them to pidfd_open(2)
             self.entries.append(own)
 
     def _new(self, kind: int) -> fdinfo_pb2.file_entry:
