@@ -39,6 +39,9 @@ _EVERYTHING = Query(
 _HOLES = Query(inverted=pm.PRESENT | pm.SWAPPED, mask=pm.PRESENT | pm.SWAPPED, returned=0)
 _ZERO = Query(mask=pm.PFNZERO, returned=pm.PFNZERO)
 _OF_FILE = Query(mask=pm.FILE, returned=pm.FILE)  # a private copy that was dropped: the file shows again
+# A copy that was swapped out, or dropped: the kernel leaves a marker there, which scans cannot tell from a swapped
+# page, and which does not count as written (zap_pte_range keeps the write protection of file mappings).
+_SWAPPED = Query(mask=pm.PRESENT | pm.SWAPPED, inverted=pm.PRESENT, returned=0)
 _GUARDS = Query(mask=pm.GUARD, returned=pm.GUARD)
 # The freeze's scan: WRITTEN alone is the kernel's fast path. Holes count as written; they are lazy zeroes.
 _FINAL = Query(flags=pm.SCAN_CHECK_WPASYNC, mask=pm.WRITTEN, returned=pm.WRITTEN)
@@ -194,6 +197,7 @@ class WpAsyncTracker:
         dirty = dirty | (now.used - self.held)
         looked = self.held if looked_at is None else self.held & looked_at
         private = looked - now.shared
+        dirty = dirty | self.doubtful(private & now.files)
         gone = (
             self._where(_HOLES, private)
             | self._where(_ZERO, private)
@@ -202,6 +206,10 @@ class WpAsyncTracker:
         gone = (gone | (self.held & fresh) | ((looked & now.shared) - now.used)) - dirty
         self.held = (self.held - gone) | dirty
         return Dirty(dirty, gone, fresh)
+
+    def doubtful(self, files: RangeSet) -> RangeSet:
+        """Pages of private file mappings that no mark tells of: what they hold is known when they are read."""
+        return self._where(_SWAPPED, files)
 
     def _where(self, query: Query, within: RangeSet) -> RangeSet:
         return self.pagemap.scan(query, within).select() if within else RangeSet()
