@@ -49,7 +49,8 @@ def collect_refusals(
         found += _program(pid, allow_deleted=allow_deleted)
         found += _personality(pid)
         entries = procfs.smaps(pid)
-        found += _vmas(entries, allow_deleted=allow_deleted, tracked=holder.tracked(pid))
+        ours = any("uw" in e.flags for e in entries) and holder.tracked(pid)
+        found += _vmas(entries, allow_deleted=allow_deleted, tracked=ours)
         found += _sharers(pid, entries, notes)
     except PermissionError as e:
         reason = f"this user may not look into it ({e.filename})"

@@ -9,20 +9,22 @@ one killed later costs nothing, and neither costs a page.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import msgpack
 
-from lazymig.errors import LazymigError, ProtocolError
-from lazymig.kernel.ranges import RangeSet
+from lazymig.errors import LazymigError, ProtocolError, SyscallError
+from lazymig.kernel.ranges import PAGE, RangeSet
 from lazymig.track import holder
 from lazymig.track.holder import Holder
 from lazymig.track.wp_async import Dirty, Mapped, Paused, WpAsyncTracker
 from lazymig.uffd.uffd import Userfaultfd
 
 _VERSION = 1
+_LOWEST = 0x10000  # the usual vm.mmap_min_addr
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Tracked:
         """
         tells = bool(parent) and parent == self.head
         before = self._state.owed
+        _check_alive(self._tracker.uffd)
         if rearm:
             self._store(replace(self._state, owed=None))
             seen = _Seen(now, paused)
@@ -92,7 +95,7 @@ class Tracked:
         else:
             seen = _Seen(now, None)
             found = self._tracker.final(now, RangeSet())
-        changed = found.pages | found.gone | found.fresh
+        changed = found.pages | found.gone | found.fresh | self._tracker.doubtful(seen.layout.files)
         owed = None if before is None else before | changed
         if rearm:
             self._store(State(self._state.head, owed, self._tracker.registered))
@@ -138,12 +141,26 @@ class AdoptedTracker(WpAsyncTracker):
         """See WpAsyncTracker."""
         if self.changed is not None:
             return super().round(now, paused)
+        _check_alive(self.uffd)
         seen = _Seen(now, paused)
         found = super().round(now, seen.paused)
         self.changed = self._owed | found.pages | found.gone | found.fresh | now.shared | seen.layout.shared
         everything = self.everything(self.pagemap, seen.layout) | found.pages
         self.held = everything
         return Dirty(everything, RangeSet(), seen.layout.all)
+
+
+def _check_alive(uffd: Userfaultfd) -> None:
+    """Raises SyscallError ESRCH when the address space of a userfaultfd is gone: by exec, or with the process.
+
+    Registering says ENOMEM then, as it does for other reasons. Placing a zero page does tell; nothing is mapped
+    at this address, and if it were, an absent page would read as zero as before.
+    """
+    try:
+        uffd.zeropage(_LOWEST, PAGE)
+    except SyscallError as e:
+        if e.errno == errno.ESRCH:
+            raise
 
 
 class _Seen:

@@ -23,7 +23,7 @@ from lazymig.kernel import procfs
 
 _PROGRAM = Path(__file__).with_name("holder")
 _NUMBER = struct.Struct("=i")
-_GET, _PUT, _END = 1, 2, 3
+_NOTHING, _GET, _PUT, _END = 0, 1, 2, 3
 _FDS = 3
 _TIMEOUT_S = 30.0  # closing a userfaultfd takes 8 ms a GiB
 _LISTEN_QUEUE = 16
@@ -35,6 +35,10 @@ class Holder:
     def __init__(self, pid: int, sock: socket.socket) -> None:
         self.pid = pid
         self._sock = sock
+
+    def greet(self) -> None:
+        """Waits until the holder has let this client in. LazymigError ``tracker-busy``, ``holder-lost``."""
+        self._ask(_NOTHING)
 
     def get(self) -> tuple[int, bytes]:
         """A descriptor of the userfaultfd, which the caller owns, and the state that was put last.
@@ -76,8 +80,7 @@ class Holder:
             else []
         )
         try:
-            # Refused clients are told and hung up on before they ask: then only the answer can still be read.
-            with contextlib.suppress(BrokenPipeError):
+            if what:
                 self._sock.sendmsg([_NUMBER.pack(what)], rights)
             data, fds, _, _ = socket.recv_fds(self._sock, _NUMBER.size, wanted, socket.MSG_CMSG_CLOEXEC)
         except OSError as e:
@@ -108,12 +111,15 @@ def busy(pid: int) -> LazymigError:
 
 
 def find(pid: int) -> Holder | None:
-    """Connects to the holder of a process, if it has one. ProcessGoneError, LazymigError ``holder-unsafe``."""
+    """Connects to the holder of a process, if it has one.
+
+    ProcessGoneError; LazymigError ``tracker-busy`` while another command has it, ``holder-unsafe``.
+    """
     try:
         place = _place(pid)
     except OSError:
         return None
-    if not _safe(place.parent) or not _safe(place):
+    if not _safe(place):
         return None
     sock = _socket()
     try:
@@ -129,7 +135,15 @@ def find(pid: int) -> Holder | None:
     if uid not in (0, os.geteuid()):
         sock.close()
         raise _unsafe(place)
-    return Holder(pid, sock)
+    found = Holder(pid, sock)
+    try:
+        found.greet()
+    except LazymigError as e:
+        found.close()
+        if e.code == "holder-lost":
+            return None
+        raise
+    return found
 
 
 def start(pid: int, pidfd: int, uffd: int, state: bytes) -> Holder:
@@ -172,12 +186,12 @@ def start(pid: int, pidfd: int, uffd: int, state: bytes) -> Holder:
 def tracked(pid: int) -> bool:
     """Whether a holder tracks this process, for one who only wants to know where write protection comes from.
 
-    Does not connect: that would be in the way of those who do.
+    Does not connect: that would be in the way of those who do. ProcessGoneError, LazymigError ``holder-unsafe``.
     """
     try:
         place = _place(pid)
-        return _safe(place.parent) and _safe(place) and (place / "socket").exists()
-    except (OSError, LazymigError):
+        return _safe(place) and (place / "socket").exists()
+    except OSError:
         return False
 
 

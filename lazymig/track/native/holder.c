@@ -6,8 +6,9 @@
  *   holder LISTEN UFFD PIDFD STATE DIRECTORY        (four descriptor numbers, a path)
  *
  * LISTEN is a listening SOCK_SEQPACKET socket, DIRECTORY/socket is its name. It talks to one client at a time: the
- * connection is the lock that keeps two commands from scanning by turns. Every request is one int32 and is answered
- * by one int32 (0 or -errno). PUT carries a memfd, the answer to GET carries the three descriptors.
+ * connection is the lock that keeps two commands from scanning by turns. A client is greeted by one int32: 0, or
+ * -errno when it is turned away. Every request is one int32 and is answered by one, 0 or -errno. PUT carries a memfd,
+ * the answer to GET carries the three descriptors.
  *
  * The state is replaced whole, by a memfd that is complete when it comes: a client that is killed leaves either the
  * old state or the new one.
@@ -127,6 +128,7 @@ static void admit(void)
 		close(fd);
 	} else {
 		client = fd;
+		answer(fd, 0, 0);
 	}
 }
 

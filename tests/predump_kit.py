@@ -1,0 +1,159 @@
+"""What the tests of pre-dump chains share: a puppet whose memory they command, and a judge of layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from harness import PROGRAMS, wait_for
+
+from lazymig.kernel.ranges import PAGE, RangeSet
+from lazymig.migrate.target import Target
+from page_server.layers import LayerReader
+
+LAZYMIG = [sys.executable, "-m", "lazymig"]
+
+
+class Puppet:
+    """The program puppet.py. Idle, and so with the same memory, between two commands."""
+
+    def __init__(self) -> None:
+        self._program = subprocess.Popen(
+            [sys.executable, "-I", "-S", PROGRAMS / "puppet.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._answer()
+        self.at: dict[str, int] = {}
+
+    def _answer(self):
+        assert select.select([self._program.stdout], [], [], 20)[0], "the puppet says nothing"
+        line = self._program.stdout.readline()
+        assert line, "the puppet has ended"
+        return json.loads(line)
+
+    def do(self, what: str, *arguments: object):
+        self._program.stdin.write(json.dumps([what, *arguments]) + "\n")
+        self._program.stdin.flush()
+        answer = self._answer()
+        if what in ("map", "resize", "move"):
+            self.at[str(arguments[0])] = answer
+        if what == "alias":
+            self.at[str(arguments[1])] = answer
+        # It has written its answer before it waits again; only then does its memory rest.
+        deadline = time.monotonic() + 20
+        while not self._rests():
+            assert time.monotonic() < deadline, "the puppet does not rest"
+        return answer
+
+    def _rests(self) -> bool:
+        call = Path(f"/proc/{self.pid}/syscall").read_text().split()
+        return call[:2] == ["0", "0x0"]
+
+    def pages(self, name: str, *wanted: int) -> RangeSet:
+        return RangeSet.of((self.at[name] + p * PAGE, self.at[name] + (p + 1) * PAGE) for p in wanted)
+
+    def kill(self) -> None:
+        self._program.kill()
+        self._program.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self._program.stdin.close()
+        self._program.stdout.close()
+
+
+def command(*arguments: object, env: dict[str, str] | None = None, **more):
+    """``lazymig ...``; its status and its last event, or its standard error when it said nothing."""
+    done = subprocess.run(
+        [*LAZYMIG, *map(str, arguments), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **(env or {})},
+        **more,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return done.returncode, lines[-1] if lines else done.stderr
+
+
+def predump(pid: int, directory: Path, parent: str | None = None, *options: str, **more):
+    """A round that must succeed; its last event."""
+    of = ["--parent", parent] if parent else []
+    status, final = command("predump", pid, "-D", directory, *of, *options, **more)
+    assert status == 0, final
+    return final
+
+
+def judge(pid: int, directory: Path) -> RangeSet:
+    """Asserts that a layer and its parents have the memory of the process as it is; returns what the layer wrote.
+
+    Every page that a layer has must be as in memory, and every page in memory that it has not must be zero.
+    """
+    layer = LayerReader(directory, pid)
+    target = Target(pid)
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+    try:
+        target.refresh_layout(with_flags=True)
+        present = target.present()
+        covered = layer.covered()
+        # A dropped page of a file may be there with the file's content.
+        gone = covered - present - target.mapped().files
+        assert not gone, f"pages that are not there any more: {gone}"
+        for extent in layer.merged():
+            with open(extent.path, "rb") as stored:
+                have = os.pread(stored.fileno(), extent.end - extent.start, extent.offset)
+            now = os.pread(memory, extent.end - extent.start, extent.start)
+            wrong = [
+                hex(extent.start + i)
+                for i in range(0, len(now), PAGE)
+                if now[i : i + PAGE] != have[i : i + PAGE]
+            ]
+            where = f"{extent.path.parent.name}: {wrong[:4]} of {target.layout.find(extent.start)}"
+            assert not wrong, f"{len(wrong)} stale pages in {where}"
+        for start, end in present - covered:
+            assert not os.pread(memory, end - start, start).strip(b"\0"), f"{start:x}-{end:x} is missing"
+    finally:
+        os.close(memory)
+        target.close()
+    return layer.present
+
+
+def holders(pid: int) -> list[int]:
+    """The holders of a process, by the directory that they are told."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"/track/holder") and f"-{pid}-".encode() in words[5]:
+            found.append(int(entry.name))
+    return found
+
+
+def place(pid: int) -> list[Path]:
+    """Where the holder of a process is."""
+    return list(Path("/run/lazymig").glob(f"tracked-*-{pid}-*"))
+
+
+def protected(pid: int) -> bool:
+    """Whether any memory of the process is registered for write tracking."""
+    return bool(re.search(r"(?m)^VmFlags:.* uw", Path(f"/proc/{pid}/smaps").read_text()))
+
+
+def untraced(pid: int) -> None:
+    """Asserts that nothing of the tracking is left."""
+    wait_for("the holder ends", lambda: not holders(pid) and not place(pid), 10)
+    if os.path.exists(f"/proc/{pid}/smaps"):
+        assert not protected(pid)
