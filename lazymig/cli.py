@@ -17,6 +17,7 @@ import click
 from lazymig import report
 from lazymig.checkpoint_cli import dump, restore
 from lazymig.errors import LazymigError, RefusedError
+from lazymig.images_cli import images
 from lazymig.kernel import kdat
 from lazymig.migrate import options as opt
 from lazymig.predump_cli import predump, untrack
@@ -71,6 +72,7 @@ main.add_command(predump)
 main.add_command(dump)
 main.add_command(restore)
 main.add_command(untrack)
+main.add_command(images)
 
 
 @main.command()

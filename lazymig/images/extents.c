@@ -204,7 +204,7 @@ uint64_t lm_entries_locate(const lm_entry *e, uint64_t n, const lm_range *wanted
 
 			if (kind_of(&e[i]) == LM_PE_PRESENT)
 				out[done++] = (lm_piece){start, end, e[i].offset + (start - e[i].start), layer,
-							 LM_PE_PRESENT};
+							 e[i].flags};
 			if (e[i].end > wanted[w].end)
 				break;
 		}

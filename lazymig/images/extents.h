@@ -37,10 +37,10 @@ typedef struct {
 	int32_t pad;
 } lm_pagemap_end;
 
-/* Bytes that belong at these addresses: of layer `layer`'s file when `kind` is LM_PE_PRESENT; none when LM_PE_LAZY. */
+/* Bytes of layer `layer`'s file that belong at these addresses; `flags` of the entry that they are part of. */
 typedef struct {
 	uint64_t start, end, offset;
-	uint32_t layer, kind;
+	uint32_t layer, flags;
 } lm_piece;
 
 /* How many records there are from `data` on; those that do not fit in `len` bytes are not counted. */

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from google.protobuf.message import DecodeError, EncodeError, Message
 
@@ -57,12 +57,14 @@ def decode(message_type: type[M], data: bytes, path: Path, number: int) -> M:
     """The message of a record. LazymigError ``bad-image`` when it is none, or lacks a required field."""
     try:
         message = message_type.FromString(data)
-        # Not all implementations of protobuf look at this while they parse.
-        missing = message.FindInitializationErrors()
     except DecodeError as e:
         raise bad_image(path, f"it is no {message_type.DESCRIPTOR.name}: {e}", record=number) from None
-    if missing:
-        what = f"it is no {message_type.DESCRIPTOR.name}: it lacks {', '.join(missing[:4])}"
+    if not message.IsInitialized():  # not all implementations of protobuf look at this while they parse
+        missing: list[str] = cast("Any", message).FindInitializationErrors()
+        fields = message_type.DESCRIPTOR.fields_by_name
+        # A value that an enum does not know counts as absent.
+        which = [f"a known {n}" if n in fields and fields[n].enum_type else n for n in missing[:4]]
+        what = f"it is no {message_type.DESCRIPTOR.name}: it lacks {', '.join(which)}"
         raise bad_image(path, what, record=number)
     return message
 

@@ -61,6 +61,11 @@ class Run(NamedTuple):
     offset: int = 0
 
 
+def punched_name(pagemap: str) -> str:
+    """The file beside a pagemap image that lists the pages without bytes: packed ranges (RangeSet.to_bytes)."""
+    return f"lazymig-punched-{pagemap.removesuffix('.img')}"
+
+
 class Layer:
     """One pagemap image: of process ``ident``, or of shared memory ``ident`` (``kind`` pagemap-shmem).
 
@@ -85,6 +90,7 @@ class Layer:
         self.present = self._ranges(PE_PRESENT)
         self.in_parent = self._ranges(PE_PARENT)
         self.lazy = self._ranges(PE_LAZY)
+        self.punched = self._punched()
         if not self.compressed:
             self._check_size()
 
@@ -127,6 +133,18 @@ class Layer:
             raise bad_image(
                 self.pages_path, f"it has {size} bytes, shorter than its pagemap says ({self.bytes})"
             )
+
+    def _punched(self) -> RangeSet:
+        """Pages whose bytes ``lazymig images dedup`` has removed, as a later layer has them: see dedup.py."""
+        path = self.directory / punched_name(self.path.name)
+        if not os.path.lexists(path):
+            return RangeSet()
+        with os.fdopen(open_image(path), "rb") as f:
+            data = f.read(MAX_PAGEMAP)
+        try:
+            return RangeSet.from_bytes(data)
+        except LazymigError as e:
+            raise bad_image(path, e.message) from None
 
     def _ranges(self, kind: int) -> RangeSet:
         out = ffi.new("lm_range[]", self._n + 1)
@@ -220,6 +238,12 @@ class Resolved:
             found.append(Extent(int(p.start), int(p.end), layer.pages_path, int(p.offset)))
         return found
 
+    def pieces(self) -> Iterator[tuple[int, int, int, int, int]]:
+        """The bytes' places by address: start, end, layer, offset, PE_* flags."""
+        for i in range(self._n):
+            p = self._pieces[i]
+            yield int(p.start), int(p.end), int(p.layer), int(p.offset), int(p.flags)
+
     def runs(self) -> Iterator[Run]:
         """Everything that was asked for, by address."""
         rest = sorted([(s, e, PE_LAZY) for s, e in self.lazy] + [(s, e, _HOLE) for s, e in self.hole])
@@ -276,6 +300,8 @@ class LayerReader:
         for i, layer in enumerate(self.layers):
             own = need & layer.present
             if own:
+                if gone := own & layer.punched:
+                    raise self._gone(layer, gone)
                 parts.append(layer.locate(own, i))
                 local = local | own if i else local
             lazy = lazy | (need & layer.lazy)
@@ -296,6 +322,14 @@ class LayerReader:
             above.path,
             f"{what.pages} pages, the first {what[0][0]:x}, should be in a parent that does not hold them",
             hint="the chain of parents is not the one that was dumped",
+        )
+
+    @staticmethod
+    def _gone(layer: Layer, what: RangeSet) -> LazymigError:
+        return bad_image(
+            layer.pages_path,
+            f"{what.pages} pages, the first {what[0][0]:x}, were punched out, as a later layer had them",
+            hint="use the layer that dedup was run for",
         )
 
     def merged(self) -> list[Extent]:
