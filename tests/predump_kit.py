@@ -6,18 +6,21 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from harness import PROGRAMS, wait_for
 
+import lazymig.migrate.predump  # noqa: F401 - here, so that not every fork does it
+from lazymig.cli import main
 from lazymig.kernel.ranges import PAGE, RangeSet
 from lazymig.migrate.target import Target
 from page_server.layers import LayerReader
-
-LAZYMIG = [sys.executable, "-m", "lazymig"]
 
 
 class Puppet:
@@ -70,19 +73,48 @@ class Puppet:
         self._program.stdout.close()
 
 
-def command(*arguments: object, env: dict[str, str] | None = None, **more):
-    """``lazymig ...``; its status and its last event, or its standard error when it said nothing."""
-    done = subprocess.run(
-        [*LAZYMIG, *map(str, arguments), "--json"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **(env or {})},
-        **more,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return done.returncode, lines[-1] if lines else done.stderr
+def command(*arguments: object, env: dict[str, str] | None = None, cwd=None, before=lambda: None):
+    """``lazymig ...``; its status and its last event, or its standard error when it said nothing.
+
+    In a fork of this process: it need not import everything again. ``before`` is called in it.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            status = 99
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+                os.environ.update(env or {})
+                if cwd is not None:
+                    os.chdir(cwd)
+                before()
+                main([*map(str, arguments), "--json"])
+            except SystemExit as e:
+                status = e.code if isinstance(e.code, int) else 98
+            except BaseException:
+                traceback.print_exc(file=sys.stderr)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = ended(child)
+        out.seek(0)
+        err.seek(0)
+        lines = [json.loads(line) for line in out.read().splitlines()]
+        return status, lines[-1] if lines else err.read().decode()
+
+
+def ended(child: int) -> int:
+    """Waits for a child, a minute at most; its exit status, or the negative number of a signal."""
+    pidfd = os.pidfd_open(child)
+    try:
+        if not select.select([pidfd], [], [], 60)[0]:
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def predump(pid: int, directory: Path, parent: str | None = None, *options: str, **more):

@@ -143,7 +143,7 @@ def test_a_full_disk_costs_nothing(puppet, tmp_path):
     limit = 1 << 20
     status, final = command(
         "predump", puppet.pid, "-D", tmp_path / "1", "--parent", "../0",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert status == 1
     assert "EFBIG" in final["error"]["message"]
