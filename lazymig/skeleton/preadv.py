@@ -16,6 +16,7 @@ from lazymig.errors import SyscallError
 from lazymig.images.content import open_extents
 from lazymig.images.pagemap import FileExtents
 from lazymig.kernel.batch import Batch, Call, run_batches
+from lazymig.kernel.ranges import PAGE
 from lazymig.native import CData, ffi, lib
 from lazymig.skeleton.skeleton import Skeleton
 from page_server.layers import load_packed
@@ -74,7 +75,7 @@ class _Placing:
         self._batches: list[Batch] = [skeleton.thread_batch(i, tid) for i, tid in enumerate(tids)]
         self._room = _CALLS if len(tids) == 1 else min(_CALLS, _THREAD_CALLS * len(tids))
         # With several threads the calls are small, so that each has some.
-        self._most = _MOST if len(tids) == 1 else max(_MOST // len(tids), 256 << 10)
+        self._most = _MOST if len(tids) == 1 else max(_MOST // len(tids) // PAGE * PAGE, 256 << 10)
 
     def run(self) -> int:
         at, calls = ffi.new("lm_preadv_at *"), ffi.new("lm_preadv[]", self._room)
