@@ -50,9 +50,7 @@ def _run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
     "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
 )
 @_AS_JSON
-def dump(
-    pid: int, images_dir: Path, leave_running: bool, stdio: str, tcp_close: bool, as_json: bool
-) -> None:
+def dump(pid: int, images_dir: Path, leave_running: bool, stdio: str, tcp_close: bool, as_json: bool) -> None:
     """Write the process PID to a directory, as images that CRIU restores too, and end it.
 
     It ends only when the directory is complete and on the disk. A dump that fails or is killed leaves it running
@@ -85,12 +83,18 @@ def dump(
     required=True,
     help="A directory that dump, or CRIU, has written.",
 )
+@click.option(
+    "--lazy", is_flag=True, help="Let it run at once, and bring its memory meanwhile: what it needs first."
+)
 @_AS_JSON
-def restore(images_dir: Path, as_json: bool) -> None:
+def restore(images_dir: Path, lazy: bool, as_json: bool) -> None:
     """Make the process of an image directory, with the pid that it had; the directory is only read.
+
+    With --lazy the command goes on until all memory is there. When it is killed before, threads that need a page
+    wait; they don't read zeroes.
 
     Exit status: 0 it runs, 1 failed and there is no process, 3 refused.
     """
     from lazymig.checkpoint.restore import RestoreOptions, run_restore
 
-    _run(lambda shown: run_restore(RestoreOptions(images_dir), shown.event), as_json)
+    _run(lambda shown: run_restore(RestoreOptions(images_dir, lazy=lazy), shown.event), as_json)

@@ -15,16 +15,26 @@ from typing import Any
 
 import trio
 
+from lazymig.arch import PAGE_SIZE, Registers
 from lazymig.checkpoint import shared_memory
+from lazymig.checkpoint.filler import ImageFiller
 from lazymig.checkpoint.load import Loaded, load, required
+from lazymig.images.check import require_sound
 from lazymig.kernel import ptrace
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate.builder import Builder
+from lazymig.migrate.options import Mode
+from lazymig.migrate.parts import SMALL_VMA, lazy_capable, split_eager
 from lazymig.migrate.states import fault_point
-from lazymig.process.vmas import LayoutDiff
-from page_server.layers import load_files
+from lazymig.process.threads import eager_pages
+from lazymig.process.vmas import TASK_SIZE, LayoutDiff
+from lazymig.skeleton.preadv import place_files
+from lazymig.uffd.lazy import LazyMemory
 
 Event = dict[str, Any]
+
+_STACK = 4 * PAGE_SIZE  # above a stack pointer, that a thread uses at once
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,56 +53,138 @@ def run_restore(options: RestoreOptions, on_event: Callable[[Event], None]) -> N
 
 async def _restore(options: RestoreOptions, emit: Callable[[Event], None]) -> Event:
     started = time.monotonic()
+    require_sound(options.images_dir)
     loaded = load(options.images_dir)
     required(loaded)
-    builder = Builder(loaded.pid, loaded.space.layout)
-    try:
-        warnings = _build(loaded, builder)
-        fault_point("restore", "built")
-        builder.commit()
-    except BaseException:
-        builder.abandon()
-        raise
-    builder.let_go()
-    builder.running()
+    work = Restore(loaded, lazy=options.lazy)
+    warnings = work.build()
+    running = time.monotonic()
     for text in warnings:
         emit({"event": "warning", "text": text})
-    emit({"event": "running", "pid": loaded.pid})
-    builder.complete()
-    builder.close()
+    lazy = work.lazy.pages
+    emit({"event": "running", "pid": loaded.pid, "ms": (running - started) * 1e3, "lazy_pages": lazy})
+    stats = await work.fill()
     return {
         "event": "done",
         "pid": loaded.pid,
         "images_dir": str(options.images_dir),
-        "pages": {"placed": loaded.pages.pages},
+        "pages": {"placed": loaded.pages.pages - lazy, "lazy": lazy},
+        "running_ms": (running - started) * 1e3,
         "total_ms": (time.monotonic() - started) * 1e3,
+        **stats,
     }
 
 
-def _build(loaded: Loaded, builder: Builder) -> list[str]:
-    """Everything until it may run; warnings."""
-    layout = loaded.space.layout
-    builder.open(loaded.descriptors, max([r.fd for r in loaded.descriptors.fd], default=0))
-    builder.apply(LayoutDiff(RangeSet(), layout.vmas, []), {})
-    builder.register_membarrier(loaded.membarrier)
-    _shared(loaded, builder)
-    load_files(loaded.memory.resolve(loaded.pages).files(), loaded.pid, builder.mem_fd)
-    restored = builder.restore(loaded.capture)
-    builder.after_install()
-    builder.settle(restored)
-    return builder.seal(restored)
+class Restore:
+    """One process under construction, and then the filling of its lazy memory."""
 
+    def __init__(self, loaded: Loaded, *, lazy: bool) -> None:
+        self.loaded = loaded
+        self.lazy = self._lazy() if lazy else RangeSet()
+        memory = loaded.memory
+        self.filler = ImageFiller(memory.resolve(self.lazy)) if self.lazy else None
+        self.builder: Builder
 
-def _shared(loaded: Loaded, builder: Builder) -> None:
-    """Contents of shared anonymous memory and memfds."""
-    for shmid, vmas in loaded.space.objects.items():
-        fd = builder.memory.object(vmas[0].dev, vmas[0].inode)
-        assert fd is not None
-        _fill(loaded, shmid, fd)
-    for shmid, key in loaded.memfds.items():
-        fd = builder.restorer.object(*key)
-        if fd is not None:
+    def _lazy(self) -> RangeSet:
+        """Pages that may come later: not those that the first instructions, or the kernel, use."""
+        layout, pages = self.loaded.space.layout, self.loaded.pages
+        able = pages & lazy_capable(layout, Mode.POSTCOPY)
+        stacks = [Registers(i.state.regs).stack_pointer for i in self.loaded.capture.threads]
+        near = [
+            (max(sp - 128, 0) & -PAGE_SIZE, (sp + _STACK) & -PAGE_SIZE) for sp in stacks if sp < TASK_SIZE
+        ]
+        return split_eager(layout, able, RangeSet.of(near), Mode.POSTCOPY)[1]
+
+    def build(self) -> list[str]:
+        """Makes the process and lets it run; warnings. Whatever fails leaves none."""
+        loaded = self.loaded
+        builder = self.builder = Builder(loaded.pid, loaded.space.layout)
+        try:
+            warnings = self._build()
+            fault_point("restore", "built")
+            builder.commit()
+        except BaseException:
+            builder.abandon()
+            if self.filler is not None:
+                self.filler.close()
+            raise
+        builder.let_go()
+        builder.running()
+        return warnings
+
+    def _build(self) -> list[str]:
+        loaded, builder = self.loaded, self.builder
+        layout = loaded.space.layout
+        builder.open(loaded.descriptors, max([r.fd for r in loaded.descriptors.fd], default=0))
+        builder.apply(LayoutDiff(RangeSet(), layout.vmas, []), {})
+        builder.register_membarrier(loaded.membarrier)
+        builder.skeleton.set_threads([i.state.tid for i in loaded.capture.threads])
+        self._shared()
+        self._place(loaded.pages - self.lazy)
+        # A list of locks is known only as far as its pages are there: each look may show one more.
+        while needed := eager_pages(loaded.pid, loaded.capture.threads) & self.lazy:
+            self._place(needed)
+            self.lazy = self.lazy - needed
+        restored = builder.restore(loaded.capture)
+        builder.after_install()
+        builder.settle(restored)
+        if self.filler is not None:
+            builder.lazy = LazyMemory(builder.uffd, self.filler.fault_socket)
+            builder.arm(self.lazy)
+            self.filler.attach(builder.lazy, loaded.pid, self.lazy)
+            self.filler.start()
+            builder.lazy.start()
+        return builder.seal(restored)
+
+    def _place(self, pages: RangeSet) -> None:
+        files = self.loaded.memory.resolve(pages).files()
+        place_files(self.builder.skeleton, files, self.builder.mem_fd)
+
+    async def fill(self) -> Event:
+        """Brings the lazy pages, then lets go of the process. Counts for the last event."""
+        builder, filler = self.builder, self.filler
+        stats: Event = {}
+        if filler is not None:
+            assert builder.lazy is not None
+            filler.background(self.loaded.memory.resolve(self._hot()).files())
+            with trio.CancelScope(shield=True):
+                await self._wait(builder.lazy, filler)
+            s = builder.lazy.stats()
+            stats = {"faults": s.faults, "stall_ms": s.stall_ns / 1e6}
+            filler.close()
+        builder.complete()
+        builder.close()
+        return stats
+
+    @staticmethod
+    async def _wait(lazy: LazyMemory, filler: ImageFiller) -> None:
+        while lazy.remaining:
+            with trio.move_on_after(_LOOK_S):
+                await lazy.wait_done()
+            if filler.error is not None:
+                raise filler.error
+
+    def _hot(self) -> RangeSet:
+        """Lazy pages that are likely to be needed first.
+
+        On top of a parent, what has changed since that was written; else small areas, which programs touch at once.
+        """
+        memory, layout = self.loaded.memory, self.loaded.space.layout
+        if len(memory.layers) > 1:
+            return self.lazy & memory.present
+        return self.lazy & RangeSet.of((v.start, v.end) for v in layout if v.size < SMALL_VMA)
+
+    def _shared(self) -> None:
+        """Contents of shared anonymous memory and memfds."""
+        loaded, builder = self.loaded, self.builder
+        for shmid, vmas in loaded.space.objects.items():
+            fd = builder.memory.object(vmas[0].dev, vmas[0].inode)
+            assert fd is not None
             _fill(loaded, shmid, fd)
+        for shmid, key in loaded.memfds.items():
+            fd = builder.restorer.object(*key)
+            if fd is not None:
+                _fill(loaded, shmid, fd)
 
 
 def _fill(loaded: Loaded, shmid: int, fd: int) -> None:

@@ -1,0 +1,118 @@
+"""Fills the lazy memory of a process that runs already from image files on this host.
+
+A C loop answers faults, and carries on behind them with the pages that follow; beside it go first the pages that
+are likely to be needed next, then all the others. A page that cannot be read is never placed: whoever needs it
+waits, and does not read a zero.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+
+from lazymig.errors import LazymigError, SyscallError
+from lazymig.images.content import opened
+from lazymig.images.framing import open_image
+from lazymig.images.pagemap import FileExtents, Resolved
+from lazymig.kernel.ranges import RangeSet
+from lazymig.native import ffi, lib
+from lazymig.uffd.lazy import LazyMemory
+
+_FIELDS = ("start", "end", "offset", "layer")
+_BLOCK = 256 << 10  # bytes placed at once: a fault waits for no more
+
+
+class ImageFiller:
+    """The filler of one process. `attach` before it runs, `start`, and `background` when it does; then `close`."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        """``resolved`` tells where the pages are. LazymigError ``compressed-layer``: they must be plain."""
+        self._fds: list[int] = []
+        self._record = ffi.new("lm_pull_record *")
+        self._ours, self._theirs = socket.socketpair()
+        self._threads: list[threading.Thread] = []
+        self._error: LazymigError | None = None
+        self._stop = False
+        extents = resolved.extents()
+        paths = list(dict.fromkeys(e.path for e in extents))
+        number = {path: i for i, path in enumerate(paths)}
+        rows = [(e.start, e.end, e.offset, number[e.path]) for e in extents]
+        self._pieces = ffi.new("lm_piece[]", [dict(zip(_FIELDS, r, strict=True)) for r in rows])
+        self._n = len(rows)
+        # Kept open: the images may be moved away while the process is filled.
+        self._fds += [open_image(path) for path in paths]
+        pull = lib.lm_pull_new(-1, self._record)
+        if pull == ffi.NULL:
+            raise MemoryError
+        self._pull = ffi.gc(pull, lib.lm_pull_free)
+
+    @property
+    def fault_socket(self) -> socket.socket:
+        """What the lazy memory asks on."""
+        return self._theirs
+
+    def attach(self, lazy: LazyMemory, pid: int, pending: RangeSet) -> None:
+        """Serves the pages of ``pending``, which must all be among those resolved."""
+        self._lazy = lazy
+        fds = ffi.new("int[]", self._fds)
+        err = lib.lm_pull_add(
+            self._pull, lazy.table, pid, self._ours.fileno(), pending.ptr, len(pending),
+            self._pieces, self._n, fds, len(self._fds),
+        )  # fmt: skip
+        if err:
+            raise SyscallError("lm_pull_add", err, subject="lazy memory")
+
+    def start(self) -> None:
+        """Answers faults from now on."""
+        self._run(self._serve, "image faults")
+
+    def background(self, first: Sequence[FileExtents]) -> None:
+        """Brings what nobody asked for too: ``first`` before all else."""
+        self._run(lambda: self._fill(first), "image filler")
+
+    def _run(self, work: object, name: str) -> None:
+        thread = threading.Thread(target=work, name=name, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _serve(self) -> None:
+        err = lib.lm_pull_run(self._pull)
+        if err and not self._stop:
+            self._error = SyscallError("reading image pages", err, subject="image files")
+
+    def _fill(self, first: Sequence[FileExtents]) -> None:
+        buffer = bytearray(_BLOCK)
+        data = ffi.from_buffer("uint8_t[]", buffer)
+        for files in first:
+            with opened(files.layer.pages_path) as fd:
+                for i in range(files.n):
+                    e = files.packed[i]
+                    start, end, offset = int(e.start), int(e.end), int(e.offset)
+                    while start < end:
+                        size = min(_BLOCK, end - start)
+                        got = os.preadv(fd, [memoryview(buffer)[:size]], offset)
+                        if self._stop or got != size:
+                            return  # the loop finds it out too, and tells
+                        lib.lm_lazy_place(self._lazy.table, start, size // 4096, data)
+                        start, offset = start + size, offset + size
+        lib.lm_pull_background(self._pull)
+
+    @property
+    def error(self) -> LazymigError | None:
+        """Why pages do not come any more; None while all is well."""
+        return self._error
+
+    def close(self) -> None:
+        """Ends the loop."""
+        self._stop = True
+        lib.lm_pull_stop(self._pull)
+        for thread in self._threads:
+            thread.join()
+        for sock in (self._ours, self._theirs):
+            sock.close()
+        for fd in self._fds:
+            if fd >= 0:
+                os.close(fd)
+        self._fds.clear()
