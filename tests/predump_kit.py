@@ -103,7 +103,8 @@ def command(*arguments: object, env: dict[str, str] | None = None, cwd=None, bef
         out.seek(0)
         err.seek(0)
         lines = [json.loads(line) for line in out.read().splitlines()]
-        return status, lines[-1] if lines else err.read().decode()
+        warnings = [e["text"] for e in lines if e["event"] == "warning"]
+        return status, lines[-1] | {"warnings": warnings} if lines else err.read().decode()
 
 
 def ended(child: int) -> int:
@@ -117,11 +118,12 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def predump(pid: int, directory: Path, parent: str | None = None, *options: str, **more):
-    """A round that must succeed; its last event."""
+def predump(pid: int, directory: Path, parent: str | None = None, *options: str, track: bool = True, **more):
+    """A round that must succeed, and leave a tracker exactly if ``track``; its last event."""
     of = ["--parent", parent] if parent else []
     status, final = command("predump", pid, "-D", directory, *of, *options, **more)
     assert status == 0, final
+    assert final["tracked"] is track, final
     return final
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -15,9 +16,12 @@ from harness import moved, wait_for
 from predump_kit import Puppet, command, holders, judge, place, predump, protected, untraced
 
 from lazymig.demo.moves import COMMAND
+from lazymig.errors import SyscallError
 from lazymig.kernel.ranges import RangeSet
 from lazymig.track import chain, holder
 from lazymig.track.chain import State
+from lazymig.track.wp_async import WpAsyncTracker
+from lazymig.uffd.uffd import Userfaultfd
 
 PAGES = 2048
 
@@ -78,9 +82,40 @@ def test_when_it_was_killed_the_next_round_knows(puppet, tmp_path):
     assert place(puppet.pid)  # nobody has tidied up
     puppet.do("fill", "a", 3, 1, "second")
     done = predump(puppet.pid, tmp_path / "1", "../0")
-    assert (done["base"], done["tracked"]) == ("compared", True)
+    assert done["base"] == "compared"
     assert own(puppet, tmp_path / "1") == puppet.pages("a", 3)
     assert predump(puppet.pid, tmp_path / "2", "../1")["base"] == "tracked"
+
+
+def no_program():
+    holder._PROGRAM = Path("/nonexistent")
+
+
+def no_feature():
+    def api(uffd, features):
+        raise SyscallError("UFFDIO_API", errno.EINVAL)
+
+    Userfaultfd.api = api
+
+
+def no_scan():
+    def scan(*_):
+        raise SyscallError("PAGEMAP_SCAN", errno.ENOTTY)
+
+    WpAsyncTracker.round = scan
+
+
+@pytest.mark.parametrize("lack", [no_program, no_feature, no_scan])
+def test_where_nothing_can_track_it_is_a_round_all_the_same(puppet, tmp_path, lack):
+    done = predump(puppet.pid, tmp_path / "0", track=False, before=lack)
+    assert done["base"] == "full"
+    assert "no tracker" in done["warnings"][0]
+    untraced(puppet.pid)
+    puppet.do("fill", "a", 3, 1, "second")
+    done = predump(puppet.pid, tmp_path / "1", "../0", track=False, before=lack)
+    assert done["base"] == "compared"
+    assert own(puppet, tmp_path / "1") == puppet.pages("a", 3)
+    untraced(puppet.pid)
 
 
 # ---- rounds that are cut short

@@ -51,20 +51,23 @@ class Since:
     def scan(self) -> None:
         """Of a running process: what is written from here on belongs to the next round.
 
-        Begins to track it when nothing does. Stops it for a moment where that is needed. LazymigError
-        ``tracker-busy``.
+        Begins to track it when nothing does; a warning tells when that cannot be. Stops it for a moment where
+        that is needed. LazymigError ``tracker-busy``.
         """
         if self._ask(lambda t, parent: t.delta(parent, self.target.mapped(), self.target.paused)):
             return
-        pid, pidfd = self.target.pid, self.target.source.pidfd
         try:
-            self._tracked = chain.begin(pid, pidfd, self.target.new_userfaultfd())
+            uffd = self.target.new_userfaultfd()
+            self._tracked = chain.begin(self.target.pid, self.target.source.pidfd, uffd)
+            self._tracked.delta("", self.target.mapped(), self.target.paused)
         except LazymigError as e:
-            if e.code != "no-holder":
+            # What lacks for tracking (a kernel before 6.7, a thread that does not stop) must not cost the round.
+            if isinstance(e, ProcessGoneError) or e.code == "tracker-busy":
                 raise
+            if self._tracked is not None:
+                self._tracked.end()
+                self._tracked = None
             self.emit({"event": "warning", "text": f"the next round will have no tracker: {e}"})
-            return
-        self._tracked.delta("", self.target.mapped(), self.target.paused)
 
     def scan_stopped(self, *, goes_on: bool) -> None:
         """Of a stopped process, whose layout was just read. ``goes_on``: further rounds may follow this one."""

@@ -285,7 +285,11 @@ class Target:
         finally:
             self.let_run()
         uffd = Userfaultfd(ours)
-        uffd.api(FEATURES_TRACK)
+        try:
+            uffd.api(FEATURES_TRACK)
+        except BaseException:
+            uffd.close()
+            raise
         return uffd
 
     def replant_tracker(self) -> None:

@@ -169,6 +169,11 @@ def start(pid: int, pidfd: int, uffd: int, state: bytes) -> Holder:
                 listener.bind(str(place / "socket"))
                 listener.listen(_LISTEN_QUEUE)
                 _spawn(listener.fileno(), uffd, pidfd, state, place)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    (place / "socket").unlink(missing_ok=True)
+                    place.rmdir()
+                raise
             finally:
                 listener.close()
             found = find(pid)
