@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 PROGRAMS = {
     "lazymig/skeleton/keeper": ["lazymig/skeleton/native/keeper.c"],
     "lazymig/track/holder": ["lazymig/track/native/holder.c"],
+    "lazymig/dropin/keeper": ["lazymig/dropin/native/keeper.c"],
     "lazymig/demo/writer": [
         f"lazymig/demo/native/{name}.c" for name in ("writer", "arena", "threads", "memory", "state")
     ],

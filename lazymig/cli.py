@@ -16,6 +16,7 @@ import click
 
 from lazymig import report
 from lazymig.checkpoint_cli import dump, restore
+from lazymig.dropin_cli import page_server, run_lazy_pages
 from lazymig.errors import LazymigError, RefusedError
 from lazymig.images_cli import images
 from lazymig.kernel import kdat
@@ -73,6 +74,7 @@ main.add_command(dump)
 main.add_command(restore)
 main.add_command(untrack)
 main.add_command(images)
+main.add_command(page_server)
 
 
 @main.command()
@@ -105,13 +107,59 @@ def check(as_json: bool, no_cache: bool) -> None:
     metavar="ADDR[:PORT]",
     help="Where to wait for processes; may be given several times.",
 )
+@click.option(
+    "-D",
+    "--images-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Stand in for CRIU's lazy-pages daemon: serve the criu restore of this dump.",
+)
+@click.option(
+    "-W",
+    "--work-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With -D: where criu restore looks for the socket, if not there.",
+)
+@click.option(
+    "--page-server",
+    "from_server",
+    is_flag=True,
+    help="With -D: fetch from criu dump --lazy-pages or from a page server, and not from the images.",
+)
+@click.option("--address", default=opt.LOOPBACK, show_default=True, help="With -D: the page server's.")
+@click.option("--port", type=click.IntRange(1, 65535), help="With -D: the page server's.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["auto", "4.1", "4.2"]),
+    default="auto",
+    show_default=True,
+    help="With -D: the page server's CRIU. 4.2 changed the protocol, and there is no way to ask.",
+)
+@click.option(
+    "--status-fd", type=click.IntRange(min=0), help="With -D: write a zero byte there once it listens."
+)
 @AS_JSON
-def lazy_pages(listen: tuple[tuple[str, int], ...], as_json: bool) -> None:
-    """Receive processes: the daemon of the destination.
+def lazy_pages(
+    listen: tuple[tuple[str, int], ...],
+    images_dir: Path | None,
+    work_dir: Path | None,
+    from_server: bool,
+    address: str,
+    port: int | None,
+    protocol: str,
+    status_fd: int | None,
+    as_json: bool,
+) -> None:
+    """Receive processes: the daemon of the destination. With -D: the drop-in for criu lazy-pages.
 
     Whoever can connect can have a program run here as root, and nothing is encrypted. So it listens on
     loopback unless an address is given; give one that only trusted hosts reach.
     """
+    if images_dir is not None:
+        if from_server and port is None:
+            raise click.UsageError("--page-server needs --port")
+        server = (address, port) if from_server and port is not None else None
+        run_lazy_pages(images_dir, work_dir, server, protocol, status_fd, as_json)
+        return
     from lazymig.migrate.daemon import run_daemon
 
     shown = report.JsonReporter(sys.stdout) if as_json else report.DaemonReporter(sys.stdout)

@@ -26,13 +26,14 @@ uint64_t lm_pull_now(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-lm_pull *lm_pull_new(int sock, lm_pull_record *record)
+lm_pull *lm_pull_new(int sock, int wide, lm_pull_record *record)
 {
 	lm_pull *p = calloc(1, sizeof(*p));
 
 	if (!p)
 		return NULL;
 	p->sock = sock;
+	p->width = wide ? LM_PS_WIDE : LM_PS_NARROW;
 	p->record = record ? record : &p->own;
 	p->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	p->buffer = aligned_alloc(LM_PAGE, LM_PULL_BUFFER);
@@ -292,7 +293,7 @@ static int wait_for_work(lm_pull *p, struct pollfd *fds, bool busy)
 
 	fds[0] = (struct pollfd){p->wake, POLLIN, 0};
 	fds[1] = (struct pollfd){p->sock, POLLIN, 0};
-	if (p->flushed < p->record->sent * sizeof(lm_ps_iov))
+	if (p->flushed < p->record->sent * p->width)
 		fds[1].events |= POLLOUT;
 	for (i = 0; i < p->ntasks; i++)
 		fds[n++] = (struct pollfd){p->task[i].faults, POLLIN, 0};

@@ -33,8 +33,9 @@ typedef struct {
 
 typedef struct lm_pull lm_pull;
 
-/* `sock` (-1: none) and the record stay the caller's. NULL: out of memory or descriptors. */
-lm_pull *lm_pull_new(int sock, lm_pull_record *record);
+/* `sock` (-1: none) and the record stay the caller's. `wide`: the server is CRIU 4.2 or newer, or lazymig. NULL: out
+ * of memory or descriptors. */
+lm_pull *lm_pull_new(int sock, int wide, lm_pull_record *record);
 void lm_pull_free(lm_pull *p);
 /* Adds a process: its lazy memory, the pid that the server knows, the other end of its fault connection, and what is
  * pending. `local` (sorted, present everywhere if nlocal is not 0) says which pages are in which of `fds`, by their

@@ -42,6 +42,7 @@ typedef struct {
 
 struct lm_pull {
 	int sock, wake;
+	size_t width; /* bytes of a message */
 	lm_pull_task *task;
 	uint32_t ntasks, next;
 	_Atomic bool stop, background;

@@ -38,15 +38,14 @@ bool lm_pull_ask(lm_pull *p, uint32_t task, uint64_t addr, uint64_t pages)
 
 int lm_pull_flush(lm_pull *p)
 {
-	const uint64_t size = sizeof(lm_ps_iov), room = LM_PULL_RING * size;
-
-	while (p->flushed < p->record->sent * size) {
-		uint64_t at = p->flushed % room, n = p->record->sent * size - p->flushed;
+	while (p->flushed < p->record->sent * p->width) {
+		uint64_t first = p->flushed / p->width, skip = p->flushed % p->width, n;
+		uint8_t out[64 * LM_PS_WIDE];
 		ssize_t done;
 
-		if (n > room - at)
-			n = room - at;
-		done = send(p->sock, (char *)p->record->ring + at, n, MSG_DONTWAIT | MSG_NOSIGNAL);
+		for (n = 0; n < 64 && first + n < p->record->sent; n++)
+			lm_ps_encode(request_at(p, first + n), p->width, out + n * p->width);
+		done = send(p->sock, out + skip, n * p->width - skip, MSG_DONTWAIT | MSG_NOSIGNAL);
 		if (done < 0)
 			return errno == EAGAIN || errno == EINTR ? 0 : errno;
 		p->flushed += (uint64_t)done;
@@ -59,8 +58,9 @@ int lm_pull_flush(lm_pull *p)
 static int take_head(lm_pull *p)
 {
 	const lm_ps_iov *asked = request_at(p, p->record->answered);
+	uint8_t in[LM_PS_WIDE];
 	lm_ps_iov head;
-	ssize_t n = recv(p->sock, &head, sizeof(head), MSG_PEEK | MSG_DONTWAIT);
+	ssize_t n = recv(p->sock, in, p->width, MSG_PEEK | MSG_DONTWAIT);
 
 	if (n < 0)
 		return errno == EINTR ? EAGAIN : errno;
@@ -68,18 +68,19 @@ static int take_head(lm_pull *p)
 		return EPIPE;
 	if (p->record->answered == p->record->sent)
 		return EPROTO;
-	if ((size_t)n < sizeof(head)) {
+	if ((size_t)n < p->width) {
 		struct pollfd none = {.fd = -1};
 
 		poll(&none, 1, 1); /* the rest of the head is on its way; poll() would return at once for this part */
 		return EAGAIN;
 	}
+	head = lm_ps_decode(in, p->width);
 	if (head.cmd != LM_PS_MAKE(LM_PS_ADD_F, LM_PE_PRESENT) || head.vaddr != asked->vaddr ||
 	    head.dst_id != asked->dst_id || !head.nr_pages || head.nr_pages > asked->nr_pages)
 		return EPROTO;
 	p->record->pages = head.nr_pages;
 	p->placed = p->taken = 0;
-	return recv(p->sock, &head, sizeof(head), 0) == sizeof(head) ? 0 : EPROTO;
+	return recv(p->sock, in, p->width, 0) == (ssize_t)p->width ? 0 : EPROTO;
 }
 
 /* Places whole pages from the buffer; what is left of one stays in it. */
@@ -110,9 +111,9 @@ static void reply_done(lm_pull *p, lm_pull_task *t)
 	/* The server splits where its own buffers end. */
 	if (missing && t)
 		lm_pull_again(p, t, asked->vaddr + bytes, missing);
-	lm_flow_reply(&p->flow, lm_pull_now(), bytes + sizeof(*asked), p->in_flight[r->answered % LM_PULL_RING].sent,
+	lm_flow_reply(&p->flow, lm_pull_now(), bytes + p->width, p->in_flight[r->answered % LM_PULL_RING].sent,
 		      r->answered + 1 < r->sent);
-	r->at += sizeof(*asked) + bytes;
+	r->at += p->width + bytes;
 	r->pages = 0;
 	r->answered++;
 }
@@ -220,17 +221,17 @@ int lm_pull_resume(lm_pull *p)
 	p->flushed = sent - r->tx_base;
 	received -= r->rx_base;
 	if (r->sent < r->answered || r->sent - r->answered > LM_PULL_RING ||
-	    p->flushed > r->sent * sizeof(lm_ps_iov) || received < r->at)
+	    p->flushed > r->sent * p->width || received < r->at)
 		return EPROTO;
 	/* Requests that were not sent whole are finished, then all replies are thrown away: the pages of those
 	 * that the record does not call placed are asked for again, like all others. */
-	while (p->flushed < r->sent * sizeof(lm_ps_iov)) {
+	while (p->flushed < r->sent * p->width) {
 		struct pollfd f = {p->sock, POLLOUT, 0};
 
 		err = lm_pull_flush(p);
 		if (err)
 			return err;
-		if (p->flushed < r->sent * sizeof(lm_ps_iov) && poll(&f, 1, CLOSE_WAIT_MS) == 0)
+		if (p->flushed < r->sent * p->width && poll(&f, 1, CLOSE_WAIT_MS) == 0)
 			return ETIMEDOUT;
 	}
 	while (!err && r->answered < r->sent) {
@@ -248,9 +249,9 @@ int lm_pull_resume(lm_pull *p)
 			}
 			if (err)
 				return err;
-			received += sizeof(lm_ps_iov);
+			received += p->width;
 		}
-		size = sizeof(lm_ps_iov) + r->pages * LM_PAGE;
+		size = p->width + r->pages * LM_PAGE;
 		if (received > r->at + size)
 			return EPROTO;
 		err = discard(p->sock, r->at + size - received);
@@ -269,8 +270,10 @@ int lm_pull_close(lm_pull *p, int *status)
 	lm_ps_iov bye = {.cmd = LM_PS_CLOSE};
 	struct pollfd f = {p->sock, POLLIN, 0};
 	int32_t said = -1;
+	uint8_t out[LM_PS_WIDE];
 
-	if (send(p->sock, &bye, sizeof(bye), MSG_NOSIGNAL) != sizeof(bye))
+	lm_ps_encode(&bye, p->width, out);
+	if (send(p->sock, out, p->width, MSG_NOSIGNAL) != (ssize_t)p->width)
 		return errno;
 	if (poll(&f, 1, CLOSE_WAIT_MS) == 0)
 		return ETIMEDOUT;

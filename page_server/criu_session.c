@@ -23,6 +23,7 @@ struct served {
 
 struct lm_ps {
 	int sock, pages;
+	size_t width; /* of messages; 0: not known yet */
 	uint64_t dst_id;
 	lm_entry *entry;
 	uint64_t entries, room, end, offset;
@@ -172,11 +173,12 @@ static int wait_writable(lm_ps *s)
 
 static int send_head(lm_ps *s, const lm_ps_iov *head)
 {
+	uint8_t out[LM_PS_WIDE];
 	size_t at = 0;
 
-	while (at < sizeof(*head)) {
-		ssize_t n = send(s->sock, (const char *)head + at, sizeof(*head) - at,
-				 MSG_MORE | MSG_DONTWAIT | MSG_NOSIGNAL);
+	lm_ps_encode(head, s->width, out);
+	while (at < s->width) {
+		ssize_t n = send(s->sock, out + at, s->width - at, MSG_MORE | MSG_DONTWAIT | MSG_NOSIGNAL);
 		int err = n >= 0 || errno == EINTR ? 0 : errno == EAGAIN ? wait_writable(s) : errno;
 
 		if (err)
@@ -225,16 +227,32 @@ static int get(lm_ps *s, const lm_ps_iov *m)
 	return err;
 }
 
+/* EPIPE: the peer closed before it. */
+static int next_message(lm_ps *s, lm_ps_iov *out)
+{
+	size_t least = s->width ? s->width : LM_PS_NARROW;
+	uint8_t in[LM_PS_WIDE];
+	int err = lm_recv_all(s->sock, in, 1, &s->cancel);
+
+	if (err)
+		return err;
+	err = lm_recv_all(s->sock, in + 1, least - 1, &s->cancel);
+	if (!err && !s->width) {
+		s->width = lm_ps_guess(in);
+		if (s->width > least)
+			err = lm_recv_all(s->sock, in + least, s->width - least, &s->cancel);
+	}
+	*out = lm_ps_decode(in, s->width ? s->width : least);
+	return err == EPIPE ? ECONNABORTED : err;
+}
+
 int lm_ps_step(lm_ps *s, lm_ps_iov *out)
 {
 	for (;;) {
-		int err = lm_recv_all(s->sock, out, 1, &s->cancel);
+		int err = next_message(s, out);
 
 		if (err)
 			return err;
-		err = lm_recv_all(s->sock, (char *)out + 1, sizeof(*out) - 1, &s->cancel);
-		if (err)
-			return err == EPIPE ? ECONNABORTED : err;
 		switch (LM_PS_CMD(out->cmd)) {
 		case LM_PS_ADD:
 			err = add(s, out, LM_PE_PRESENT);
