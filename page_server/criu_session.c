@@ -188,6 +188,47 @@ static int send_head(lm_ps *s, const lm_ps_iov *head)
 	return 0;
 }
 
+/* For files that the kernel sends from in no other way: a process's memory. */
+static int send_copied(lm_ps *s, int fd, off_t at, uint64_t left)
+{
+	int err = 0;
+
+	while (left && !err) {
+		ssize_t n = pread(fd, s->buffer, left < BUFFER ? left : BUFFER, at);
+		struct iovec iov = {s->buffer, n > 0 ? (size_t)n : 0};
+
+		if (!n)
+			return ENODATA;
+		if (n < 0) {
+			err = errno == EINTR ? 0 : errno;
+			continue;
+		}
+		err = lm_send_all(s->sock, &iov, 1, &s->cancel);
+		at += n;
+		left -= (uint64_t)n;
+	}
+	return err;
+}
+
+static int send_pages(lm_ps *s, int fd, off_t at, uint64_t left)
+{
+	int err = 0;
+
+	while (!err && left) {
+		ssize_t n = sendfile(s->sock, fd, &at, left);
+
+		if (!n)
+			return ENODATA; /* the file was cut short: what is missing is never made up */
+		if (n < 0 && (errno == EINVAL || errno == EOVERFLOW))
+			return send_copied(s, fd, at, left);
+		if (n < 0)
+			err = errno == EINTR ? 0 : errno == EAGAIN ? wait_writable(s) : errno;
+		else
+			left -= (uint64_t)n;
+	}
+	return err;
+}
+
 static int get(lm_ps *s, const lm_ps_iov *m)
 {
 	const lm_piece *piece = NULL;
@@ -213,16 +254,8 @@ static int get(lm_ps *s, const lm_ps_iov *m)
 	head.cmd = LM_PS_MAKE(LM_PS_ADD_F, LM_PE_PRESENT);
 	err = send_head(s, &head);
 	at = (off_t)(piece->offset + (m->vaddr - piece->start));
-	for (left = head.nr_pages * LM_PAGE; !err && left;) {
-		ssize_t n = sendfile(s->sock, s->served[i].fds[piece->layer], &at, left);
-
-		if (!n)
-			return ENODATA; /* the file was cut short: what is missing is never made up */
-		if (n < 0)
-			err = errno == EINTR ? 0 : errno == EAGAIN ? wait_writable(s) : errno;
-		else
-			left -= (uint64_t)n;
-	}
+	if (!err)
+		err = send_pages(s, s->served[i].fds[piece->layer], at, head.nr_pages * LM_PAGE);
 	s->sent += head.nr_pages;
 	return err;
 }
