@@ -15,6 +15,15 @@ from lazymig.migrate import options as opt
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
 
 
+def _address(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    if value is None:
+        return None
+    try:
+        return opt.parse_address(value)
+    except opt.OptionError as e:
+        raise click.BadParameter(str(e), ctx, param) from e
+
+
 def _run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
     shown = report.reporter(as_json=as_json)
     try:
@@ -37,6 +46,24 @@ def _run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
     required=True,
     help="Where the images go; nothing may be there.",
 )
+@click.option(
+    "--parent",
+    type=click.Path(path_type=Path),
+    help="A layer of predump, or a dump, of the same process: write only what changed since. A relative path "
+    "counts from the new directory, as in CRIU: ../0.",
+)
+@click.option(
+    "--lazy",
+    is_flag=True,
+    help="With --serve: write only what is needed to start, and keep the other pages in the stopped process.",
+)
+@click.option(
+    "--serve",
+    callback=_address,
+    metavar="ADDR[:PORT]",
+    help="Where whoever restores the images gets the other pages. Nothing is encrypted, and whoever can connect "
+    "can read the process's memory.",
+)
 @click.option("--leave-running", is_flag=True, help="Let the process go on instead of ending it.")
 @click.option(
     "--stdio",
@@ -50,11 +77,24 @@ def _run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
     "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
 )
 @_AS_JSON
-def dump(pid: int, images_dir: Path, leave_running: bool, stdio: str, tcp_close: bool, as_json: bool) -> None:
+def dump(
+    pid: int,
+    images_dir: Path,
+    parent: Path | None,
+    lazy: bool,
+    serve: tuple[str, int] | None,
+    leave_running: bool,
+    stdio: str,
+    tcp_close: bool,
+    as_json: bool,
+) -> None:
     """Write the process PID to a directory, as images that CRIU restores too, and end it.
 
     It ends only when the directory is complete and on the disk. A dump that fails or is killed leaves it running
     and no directory.
+
+    With --lazy the command goes on until somebody has fetched every page; before the first one is asked for,
+    Ctrl-C lets the process run on.
 
     Exit status: 0 dumped, 1 failed and the process runs on, 2 wrong usage, 3 refused.
     """
@@ -64,9 +104,15 @@ def dump(pid: int, images_dir: Path, leave_running: bool, stdio: str, tcp_close:
         choice, path = opt.parse_stdio(stdio, pid)
     except opt.OptionError as e:
         raise click.BadParameter(str(e), param_hint="--stdio") from e
+    if lazy != (serve is not None):
+        raise click.UsageError("--lazy and --serve belong together")
+    if lazy and leave_running:
+        raise click.UsageError("a lazy dump keeps the process stopped: --leave-running cannot be")
     options = DumpOptions(
         pid=pid,
         images_dir=images_dir,
+        parent=parent,
+        serve=serve,
         leave_running=leave_running,
         stdio=choice,
         stdio_path=path,
@@ -86,15 +132,25 @@ def dump(pid: int, images_dir: Path, leave_running: bool, stdio: str, tcp_close:
 @click.option(
     "--lazy", is_flag=True, help="Let it run at once, and bring its memory meanwhile: what it needs first."
 )
+@click.option(
+    "--from",
+    "source",
+    callback=_address,
+    metavar="ADDR[:PORT]",
+    help="With --lazy: who serves the pages that are not in the images (dump --serve, or CRIU's dump --lazy-pages).",
+)
 @_AS_JSON
-def restore(images_dir: Path, lazy: bool, as_json: bool) -> None:
+def restore(images_dir: Path, lazy: bool, source: tuple[str, int] | None, as_json: bool) -> None:
     """Make the process of an image directory, with the pid that it had; the directory is only read.
 
     With --lazy the command goes on until all memory is there. When it is killed before, threads that need a page
     wait; they don't read zeroes.
 
-    Exit status: 0 it runs, 1 failed and there is no process, 3 refused.
+    Exit status: 0 it runs, 1 failed and there is no process, 3 refused, 4 it runs but not all memory came.
     """
     from lazymig.checkpoint.restore import RestoreOptions, run_restore
 
-    _run(lambda shown: run_restore(RestoreOptions(images_dir, lazy=lazy), shown.event), as_json)
+    if source is not None and not lazy:
+        raise click.UsageError("--from needs --lazy")
+    options = RestoreOptions(images_dir, lazy=lazy, source=source)
+    _run(lambda shown: run_restore(options, shown.event), as_json)

@@ -7,7 +7,9 @@ and on the disk.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from lazymig.checkpoint.core_image import CG_SET, to_cores
 from lazymig.checkpoint.file_table import FileTable
 from lazymig.checkpoint.mm_image import to_mm
 from lazymig.checkpoint.seccomp_image import FilterTable
+from lazymig.checkpoint.serve import SourceServer
 from lazymig.errors import LazymigError, Refusal, RefusedError
 from lazymig.images.magic import parse_name
 from lazymig.images.writer import IMG_VERSION, DirectoryWriter
@@ -28,13 +31,16 @@ from lazymig.kernel import ptrace
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
 from lazymig.migrate.capture import Capture, capture
+from lazymig.migrate.layer import IDENTITY, ParentLayer, new_identity, parent_directory
 from lazymig.migrate.options import MigrateOptions, Mode, Stdio
-from lazymig.migrate.parts import classify, lazy_capable
+from lazymig.migrate.parts import classify, lazy_capable, split_eager
+from lazymig.migrate.since import Base, Since
 from lazymig.migrate.states import fault_point
 from lazymig.migrate.target import Target
 from lazymig.pb import core_pb2, descriptors_pb2, inventory_pb2, pstree_pb2, state_pb2, stats_pb2, timens_pb2
 from lazymig.process import preflight
 from lazymig.process.descriptors import DescriptorDumper, MappedObject, ObjectKey
+from lazymig.process.threads import eager_pages
 from lazymig.process.vmas import PRIVATE_ANON, Kind
 from page_server.layers import LayerStats, PagesWriter
 from page_server.wire import FORCE
@@ -57,6 +63,7 @@ class DumpOptions:
     stdio: Stdio = Stdio.REFUSE
     stdio_path: str = ""
     tcp_close: bool = False
+    serve: tuple[str, int] | None = None  # pages that can be lazy stay in the source, which is served there
 
 
 class DumpTarget(Target):
@@ -76,19 +83,48 @@ def run_dump(options: DumpOptions, on_event: Callable[[Event], None]) -> None:
 async def _dump(options: DumpOptions, emit: Callable[[Event], None]) -> Event:
     started = time.monotonic()
     target = DumpTarget(options.pid)
-    done = False
+    handed_over = False
+    server: SourceServer | None = None
+    since: Since | None = None
     try:
         dumper = _look(options, target, emit)
-        with DirectoryWriter(options.images_dir, parent=options.parent) as writer:
-            dump = Dump(options, target, dumper, writer)
+        parent = None
+        if options.parent is not None:
+            parent = ParentLayer(parent_directory(options.images_dir, options.parent), options.pid)
+        since = Since(target, parent, emit)
+        with DirectoryWriter(options.images_dir, parent=parent.directory if parent else None) as writer:
+            dump = Dump(options, target, dumper, writer, since)
             await dump.run(emit)
-            done = True
         event = dump.report(started)
+        if options.serve is not None:
+            emit(event | {"event": "dumped"})
+            server = SourceServer(target, dump.lazy, options.serve, emit)
+            event["pages"]["served"] = await _serve(server, options.images_dir)
+            event["total_ms"] = (time.monotonic() - started) * 1e3
+        handed_over = not options.leave_running
     finally:
-        if done and not options.leave_running:
+        if since is not None:
+            since.close()
+        if server is not None:
+            server.close()
+            handed_over = handed_over or server.committed
+        if handed_over:
             target.abandon()
         target.close()
     return event
+
+
+async def _serve(server: SourceServer, directory: Path) -> int:
+    """Serves to the end. When nobody came, the images are worth nothing without the source, and go."""
+    try:
+        return await server.run()
+    except BaseException:
+        if not server.committed:
+            os.unlink(
+                directory / "inventory.img"
+            )  # first: what is left is no dump, whenever this is cut short
+            shutil.rmtree(directory)
+        raise
 
 
 def _look(options: DumpOptions, target: Target, emit: Callable[[Event], None]) -> DescriptorDumper:
@@ -120,7 +156,12 @@ class Dump:
     """One dump under way: `run` stops the process and writes all of it."""
 
     def __init__(
-        self, options: DumpOptions, target: Target, dumper: DescriptorDumper, writer: DirectoryWriter
+        self,
+        options: DumpOptions,
+        target: Target,
+        dumper: DescriptorDumper,
+        writer: DirectoryWriter,
+        since: Since,
     ) -> None:
         self.options = options
         self.pid = options.pid
@@ -129,7 +170,9 @@ class Dump:
         self.writer = writer
         self.stats: LayerStats
         self.shared_pages = 0
-        self.in_parent = RangeSet()
+        self.since = since
+        self.base = Base("full", RangeSet())
+        self.lazy = RangeSet()  # pages that stay at the source
         self._frozen_at = 0.0
         self.frozen_s = 0.0
 
@@ -138,6 +181,8 @@ class Dump:
         self._frozen_at = time.monotonic()
         self.target.stop()
         self.target.refresh_layout(with_flags=True, anew=True)
+        if self.since.parent is not None:
+            self.since.scan_stopped(goes_on=self.options.leave_running)
         captured = capture(self.target, self.dumper)
         fault_point("dump", "captured")
         process = state_pb2.ProcessState.FromString(captured.process)
@@ -153,11 +198,15 @@ class Dump:
         self._files(table)
         self._shared(table)
         fault_point("dump", "pages")
-        await self._pages()
+        await self._pages(captured)
         fault_point("dump", "commit")
         self.frozen_s = time.monotonic() - self._frozen_at
         self._stats()
+        identity = new_identity(self.pid)
+        self.writer.blob(IDENTITY, identity)
         self.writer.commit(_inventory())
+        if self.options.leave_running and self.since.parent is not None:
+            self.since.commit(json.loads(identity)["layer"], RangeSet())
         fault_point("dump", "committed")
 
     def _mm(self, captured: Capture, process: state_pb2.ProcessState, table: FileTable) -> None:
@@ -216,14 +265,22 @@ class Dump:
             )
             pages_id += 1
 
-    async def _pages(self) -> None:
+    async def _pages(self, captured: Capture) -> None:
         layout = self.target.layout
         pages = self.target.present() & layout.ranges(*PRIVATE_ANON, Kind.FILE)
-        parts = classify(layout, pages)
+        base = self.since.base(pages)
+        self.base = Base(base.how, base.same & pages, base.why)
+        able = lazy_capable(layout, Mode.POSTCOPY)
+        written = pages - self.base.same
+        if self.options.serve is not None:
+            needed = eager_pages(self.pid, captured.threads)
+            written, self.lazy = split_eager(layout, written, needed, Mode.POSTCOPY)
+        parts = classify(layout, written)
         vdso = layout.ranges(Kind.VDSO)  # CRIU compares it with that of the kernel which it restores on
         parts.append((vdso, FORCE))
-        able = lazy_capable(layout, Mode.POSTCOPY)
-        self.stats = await PagesWriter(self.writer, self.pid).write(parts, self.in_parent, lazy_able=able)
+        self.stats = await PagesWriter(self.writer, self.pid).write(
+            parts, self.base.same, lazy=self.lazy, lazy_able=able
+        )
         if self.stats.skipped:
             raise LazymigError(
                 f"{self.stats.skipped.pages} pages could not be read",
@@ -236,22 +293,26 @@ class Dump:
         d = s.dump
         d.freezing_time, d.frozen_time = 0, int(self.frozen_s * 1e6)
         d.memdump_time = d.memwrite_time = int(self.stats.seconds * 1e6)
-        d.pages_scanned = self.stats.pages + self.stats.zero_pages + self.in_parent.pages
-        d.pages_skipped_parent, d.pages_written = self.in_parent.pages, self.stats.pages
-        d.pages_lazy, d.shpages_written = 0, self.shared_pages
+        d.pages_scanned = self.stats.pages + self.stats.zero_pages + self.base.same.pages
+        d.pages_skipped_parent, d.pages_written = self.base.same.pages, self.stats.pages
+        d.pages_lazy, d.shpages_written = self.lazy.pages, self.shared_pages
         self.writer.write("stats-dump", s)
 
     def report(self, started: float) -> Event:
         """The last event."""
+        why = {"why": self.base.why} if self.base.why else {}
         return {
             "event": "done",
             "pid": self.pid,
             "images_dir": str(self.options.images_dir),
             "left_running": self.options.leave_running,
+            "base": self.base.how,
+            **why,
             "pages": {
                 "written": self.stats.pages + self.shared_pages,
-                "in_parent": self.in_parent.pages,
+                "in_parent": self.base.same.pages,
                 "zero": self.stats.zero_pages,
+                "lazy": self.lazy.pages,
             },
             "bytes": {"written": (self.stats.pages + self.shared_pages) * 4096},
             "frozen_ms": self.frozen_s * 1e3,

@@ -7,12 +7,13 @@ waits, and does not read a zero.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
 from collections.abc import Sequence
 
-from lazymig.errors import LazymigError, SyscallError
+from lazymig.errors import LazymigError, PeerLostError, SyscallError
 from lazymig.images.content import opened
 from lazymig.images.framing import open_image
 from lazymig.images.pagemap import FileExtents, Resolved
@@ -27,8 +28,12 @@ _BLOCK = 256 << 10  # bytes placed at once: a fault waits for no more
 class ImageFiller:
     """The filler of one process. `attach` before it runs, `start`, and `background` when it does; then `close`."""
 
-    def __init__(self, resolved: Resolved) -> None:
-        """``resolved`` tells where the pages are. LazymigError ``compressed-layer``: they must be plain."""
+    def __init__(self, resolved: Resolved, server: socket.socket | None = None, *, wide: bool = True) -> None:
+        """``resolved`` tells where the pages are; ``server`` has those that are lazy there. It becomes its own.
+
+        ``wide``: the server speaks as CRIU 4.2 does. LazymigError ``compressed-layer``: images must be plain.
+        """
+        self._server = server
         self._fds: list[int] = []
         self._record = ffi.new("lm_pull_record *")
         self._ours, self._theirs = socket.socketpair()
@@ -43,10 +48,12 @@ class ImageFiller:
         self._n = len(rows)
         # Kept open: the images may be moved away while the process is filled.
         self._fds += [open_image(path) for path in paths]
-        pull = lib.lm_pull_new(-1, self._record)
+        pull = lib.lm_pull_new(-1 if server is None else server.fileno(), wide, self._record)
         if pull == ffi.NULL:
             raise MemoryError
         self._pull = ffi.gc(pull, lib.lm_pull_free)
+        if server is not None and (err := lib.lm_pull_begin(self._pull)):
+            raise SyscallError("page server", err, subject="page server")
 
     @property
     def fault_socket(self) -> socket.socket:
@@ -79,8 +86,15 @@ class ImageFiller:
 
     def _serve(self) -> None:
         err = lib.lm_pull_run(self._pull)
-        if err and not self._stop:
-            self._error = SyscallError("reading image pages", err, subject="image files")
+        if not err or self._stop:
+            return
+        hint = "threads that need a page wait"
+        if err == errno.ENODATA:
+            self._error = LazymigError(
+                "a pages file was cut short", code="bad-image", subject="images", hint=hint
+            )
+        else:
+            self._error = PeerLostError(os.strerror(err), subject="page server", hint=hint)
 
     def _fill(self, first: Sequence[FileExtents]) -> None:
         buffer = bytearray(_BLOCK)
@@ -104,12 +118,30 @@ class ImageFiller:
         """Why pages do not come any more; None while all is well."""
         return self._error
 
-    def close(self) -> None:
-        """Ends the loop."""
+    def _end(self) -> None:
         self._stop = True
         lib.lm_pull_stop(self._pull)
         for thread in self._threads:
             thread.join()
+        self._threads.clear()
+
+    def say_goodbye(self) -> None:
+        """Tells the server that every page is here: it may forget them. PeerLostError when it cannot be told."""
+        self._end()
+        if self._server is None:
+            return
+        status = ffi.new("int *")
+        # What is still on its way was wanted, and was unmapped meanwhile.
+        err = lib.lm_pull_resume(self._pull) or lib.lm_pull_close(self._pull, status)
+        if err or status[0]:
+            hint = "every page is here; end the original by hand if it is still there"
+            raise PeerLostError(os.strerror(err) if err else "it failed", subject="page server", hint=hint)
+
+    def close(self) -> None:
+        """Ends the loop and closes all."""
+        self._end()
+        if self._server is not None:
+            self._server.close()
         for sock in (self._ours, self._theirs):
             sock.close()
         for fd in self._fds:

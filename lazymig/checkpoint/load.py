@@ -15,7 +15,7 @@ from lazymig.checkpoint.seccomp_image import chain_of, common_of
 from lazymig.errors import LazymigError, Refusal, RefusedError
 from lazymig.images.content import open_extents
 from lazymig.images.directory import ImageDirectory
-from lazymig.images.framing import bad_image
+from lazymig.images.framing import ImageReader, bad_image
 from lazymig.images.pagemap import LayerReader
 from lazymig.images.writer import IMG_VERSION
 from lazymig.kernel import procfs
@@ -233,3 +233,13 @@ def required(loaded: Loaded) -> None:
             subject=str(loaded.directory),
             hint="lazymig restore --lazy --from ADDR, with the address of the dump",
         )
+
+
+def speaks_wide(loaded: Loaded) -> bool:
+    """Whether who dumped it speaks the page protocol of CRIU 4.2: as its pagemaps have the newer field."""
+    path = loaded.directory / f"pagemap-{loaded.pid}.img"
+    with ImageReader(path) as reader:
+        for record in reader:
+            if record.number:
+                return bool(record.message.HasField("nr_pages"))
+    return True

@@ -7,6 +7,7 @@ none behind.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import trio
 from lazymig.arch import PAGE_SIZE, Registers
 from lazymig.checkpoint import shared_memory
 from lazymig.checkpoint.filler import ImageFiller
-from lazymig.checkpoint.load import Loaded, load, required
+from lazymig.checkpoint.load import Loaded, load, required, speaks_wide
+from lazymig.errors import LazymigError
 from lazymig.images.check import require_sound
 from lazymig.kernel import ptrace
 from lazymig.kernel.ranges import RangeSet
@@ -30,6 +32,7 @@ from lazymig.process.threads import eager_pages
 from lazymig.process.vmas import TASK_SIZE, LayoutDiff
 from lazymig.skeleton.preadv import place_files
 from lazymig.uffd.lazy import LazyMemory
+from page_server import criu_wire
 
 Event = dict[str, Any]
 
@@ -43,6 +46,7 @@ class RestoreOptions:
 
     images_dir: Path
     lazy: bool = False
+    source: tuple[str, int] | None = None  # who has the pages that are not in the images
 
 
 def run_restore(options: RestoreOptions, on_event: Callable[[Event], None]) -> None:
@@ -55,15 +59,19 @@ async def _restore(options: RestoreOptions, emit: Callable[[Event], None]) -> Ev
     started = time.monotonic()
     require_sound(options.images_dir)
     loaded = load(options.images_dir)
-    required(loaded)
-    work = Restore(loaded, lazy=options.lazy)
+    if options.source is None:
+        required(loaded)
+    work = Restore(loaded, lazy=options.lazy, source=options.source)
     warnings = work.build()
     running = time.monotonic()
     for text in warnings:
         emit({"event": "warning", "text": text})
     lazy = work.lazy.pages
     emit({"event": "running", "pid": loaded.pid, "ms": (running - started) * 1e3, "lazy_pages": lazy})
-    stats = await work.fill()
+    try:
+        stats = await work.fill()
+    except LazymigError as e:
+        return {"event": "failed", "error": e.to_wire(), "committed": True}
     return {
         "event": "done",
         "pid": loaded.pid,
@@ -78,17 +86,40 @@ async def _restore(options: RestoreOptions, emit: Callable[[Event], None]) -> Ev
 class Restore:
     """One process under construction, and then the filling of its lazy memory."""
 
-    def __init__(self, loaded: Loaded, *, lazy: bool) -> None:
+    def __init__(self, loaded: Loaded, *, lazy: bool, source: tuple[str, int] | None = None) -> None:
         self.loaded = loaded
+        self.remote = loaded.memory.resolve(loaded.pages).lazy
         self.lazy = self._lazy() if lazy else RangeSet()
-        memory = loaded.memory
-        self.filler = ImageFiller(memory.resolve(self.lazy)) if self.lazy else None
+        self.filler: ImageFiller | None = None
+        if self.lazy or self.remote:
+            server = self._connect(*source) if source is not None and self.remote else None
+            self.filler = ImageFiller(loaded.memory.resolve(self.lazy), server, wide=speaks_wide(loaded))
+        self.lazy = self.lazy | self.remote
         self.builder: Builder
+
+    def _connect(self, address: str, port: int) -> socket.socket:
+        able = lazy_capable(self.loaded.space.layout, Mode.POSTCOPY)
+        if not able.covers(self.remote):
+            raise LazymigError(
+                "pages of memory that cannot be lazy are at the source only",
+                code="bad-image",
+                subject=str(self.loaded.directory),
+                hint="dump the process again",
+            )
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            criu_wire.connect(sock, address, port)
+        except BaseException:
+            sock.close()
+            raise
+        sock.settimeout(None)
+        return sock
 
     def _lazy(self) -> RangeSet:
         """Pages that may come later: not those that the first instructions, or the kernel, use."""
         layout, pages = self.loaded.space.layout, self.loaded.pages
-        able = pages & lazy_capable(layout, Mode.POSTCOPY)
+        able = (pages - self.remote) & lazy_capable(layout, Mode.POSTCOPY)
         stacks = [Registers(i.state.regs).stack_pointer for i in self.loaded.capture.threads]
         near = [
             (max(sp - 128, 0) & -PAGE_SIZE, (sp + _STACK) & -PAGE_SIZE) for sp in stacks if sp < TASK_SIZE
@@ -122,7 +153,7 @@ class Restore:
         self._shared()
         self._place(loaded.pages - self.lazy)
         # A list of locks is known only as far as its pages are there: each look may show one more.
-        while needed := eager_pages(loaded.pid, loaded.capture.threads) & self.lazy:
+        while needed := eager_pages(loaded.pid, loaded.capture.threads) & (self.lazy - self.remote):
             self._place(needed)
             self.lazy = self.lazy - needed
         restored = builder.restore(loaded.capture)
@@ -149,6 +180,7 @@ class Restore:
             filler.background(self.loaded.memory.resolve(self._hot()).files())
             with trio.CancelScope(shield=True):
                 await self._wait(builder.lazy, filler)
+            filler.say_goodbye()
             s = builder.lazy.stats()
             stats = {"faults": s.faults, "stall_ms": s.stall_ns / 1e6}
             filler.close()
@@ -171,8 +203,9 @@ class Restore:
         """
         memory, layout = self.loaded.memory, self.loaded.space.layout
         if len(memory.layers) > 1:
-            return self.lazy & memory.present
-        return self.lazy & RangeSet.of((v.start, v.end) for v in layout if v.size < SMALL_VMA)
+            return self.lazy & memory.present & self.loaded.pages
+        small = RangeSet.of((v.start, v.end) for v in layout if v.size < SMALL_VMA)
+        return (self.lazy - self.remote) & small
 
     def _shared(self) -> None:
         """Contents of shared anonymous memory and memfds."""

@@ -1,0 +1,114 @@
+"""`lazymig dump --lazy --serve`: the frozen source keeps its pages and gives them to whoever restores the images.
+
+It speaks CRIU's page protocol, so that a CRIU lazy-pages daemon can take them too. That protocol has no commit: from
+the first page asked for, the process may run over there, so from then on it never runs here. It ends when the
+other side has said goodbye; until then a connection that broke can be made again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from lazymig.errors import CancelledMigrationError, LazymigError
+from lazymig.images.pagemap import Extent
+from lazymig.kernel.ranges import RangeSet
+from lazymig.migrate.target import Target
+from page_server import criu_wire
+from page_server.criu_server import Served, Session
+from page_server.threads import run_loop
+
+Event = dict[str, Any]
+
+
+class SourceServer:
+    """Serves the pages of a stopped process."""
+
+    def __init__(
+        self, target: Target, pages: RangeSet, address: tuple[str, int], emit: Callable[[Event], None]
+    ) -> None:
+        """Listens at once. LazymigError ``cannot-listen``."""
+        self.target = target
+        self.emit = emit
+        self.committed = False  # pages were asked for: the process may run elsewhere
+        memory = Path(f"/proc/{target.pid}/mem")  # offset is address
+        self._served = [Served(target.pid, [Extent(s, e, memory, s) for s, e in pages])]
+        self._listener = criu_wire.listen(*address)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        name = self._listener.getsockname()
+        return str(name[0]), int(name[1])
+
+    def close(self) -> None:
+        """Stops listening."""
+        self._listener.close()
+
+    async def run(self) -> int:
+        """Serves until everything was fetched; how many pages. Cancelled by SIGINT or SIGTERM, as long as it can be.
+
+        CancelledMigrationError: nothing was asked for, the process may run on here.
+        """
+        host, port = self.address
+        self.emit({"event": "listening", "address": host, "port": port, "pid": self.target.pid})
+        sent = 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, nursery.cancel_scope)
+            sent = await self._sessions()
+            nursery.cancel_scope.cancel()
+            return sent
+        if not self.committed:
+            raise CancelledMigrationError("cancelled before any page was asked for; the process runs on here")
+        return sent
+
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                if not self.committed:
+                    scope.cancel()
+                text = "it is too late to cancel: the process may run where its pages went"
+                self.emit({"event": "warning", "text": text})
+
+    async def _sessions(self) -> int:
+        self._listener.setblocking(False)
+        listener = trio.socket.from_stdlib_socket(self._listener)
+        total = 0
+        while True:
+            stream, peer = await listener.accept()
+            with socket.socket(fileno=os.dup(stream.fileno())) as sock:
+                stream.close()
+                done, sent = await self._session(sock, str(peer[0]))
+            total += sent
+            if done:
+                return total
+
+    async def _session(self, sock: socket.socket, peer: str) -> tuple[bool, int]:
+        """One connection: (whether all is over, pages sent)."""
+        # Behind the tracer's stop waits one that outlives the tracer: whatever happens from here, it does not run.
+        if not self.committed:
+            self.target.hold_frozen()
+        session = Session(sock)
+        session.serve(self._served)
+        error: LazymigError | None = None
+        try:
+            await run_loop(session.run, session.stop)
+        except LazymigError as e:
+            error = e
+        sent = session.stats().sent
+        self.committed = self.committed or sent > 0
+        if not self.committed:
+            self.target.release_hold()
+            text = f"{peer} asked for no page; the process is still here"
+        elif error is None:
+            return True, sent
+        else:
+            text = f"the connection to {peer} broke ({error}); the pages are kept, connect again"
+        self.emit({"event": "warning", "text": text})
+        return False, sent
