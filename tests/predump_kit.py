@@ -171,7 +171,7 @@ def holders(pid: int) -> list[int]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if words[0].endswith(b"/track/holder") and f"-{pid}-".encode() in words[5]:
+        if words[0].endswith(b"/track/holder") and f"-{pid}-".encode() in words[-2]:
             found.append(int(entry.name))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -79,7 +80,12 @@ def test_when_it_was_killed_the_next_round_knows(puppet, tmp_path):
     predump(puppet.pid, tmp_path / "0")
     os.kill(holders(puppet.pid)[0], signal.SIGKILL)
     wait_for("its end", lambda: not holders(puppet.pid), 10)
-    assert place(puppet.pid)  # nobody has tidied up
+    left = place(puppet.pid)
+    assert left  # nobody has tidied up
+    with contextlib.closing(Puppet()) as other:
+        predump(other.pid, tmp_path / "other")
+        assert not left[0].exists()
+        assert predump(other.pid, tmp_path / "another", "../other")["base"] == "tracked"
     puppet.do("fill", "a", 3, 1, "second")
     done = predump(puppet.pid, tmp_path / "1", "../0")
     assert done["base"] == "compared"

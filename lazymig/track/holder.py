@@ -156,26 +156,26 @@ def start(pid: int, pidfd: int, uffd: int, state: bytes) -> Holder:
         place.parent.mkdir(mode=0o755, exist_ok=True)
         if not _safe(place.parent):
             raise FileNotFoundError(errno.ENOENT, "it is gone again", str(place.parent))
-        with _lock(place.parent / "tracked.lock"):
+        with _lock(place.parent / "lock"):
             known = find(pid)
             if known is not None:
                 known.close()
                 raise busy(pid)
-            with contextlib.suppress(FileNotFoundError):  # of a holder that was killed
-                (place / "socket").unlink()
-            place.mkdir(mode=0o700, exist_ok=True)
+            _sweep(place.parent)
+            place.mkdir(mode=0o700)
+            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             listener = _socket()
             try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 listener.bind(str(place / "socket"))
                 listener.listen(_LISTEN_QUEUE)
-                _spawn(listener.fileno(), uffd, pidfd, state, place)
+                _spawn((listener.fileno(), uffd, pidfd), state, lock, place)
             except BaseException:
-                with contextlib.suppress(OSError):
-                    (place / "socket").unlink(missing_ok=True)
-                    place.rmdir()
+                _remove(place)
                 raise
             finally:
                 listener.close()
+                os.close(lock)
             found = find(pid)
     except OSError as e:
         raise LazymigError(
@@ -200,9 +200,31 @@ def tracked(pid: int) -> bool:
         return False
 
 
-def _spawn(listener: int, uffd: int, pidfd: int, state: bytes, place: Path) -> None:
+def _sweep(base: Path) -> None:
+    """Removes what killed holders have left: directories that nobody has locked. Under the lock on ``base``."""
+    for place in base.glob("tracked-*"):
+        try:
+            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(place)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(fd)
+
+
+def _remove(place: Path) -> None:
+    with contextlib.suppress(OSError):
+        (place / "socket").unlink(missing_ok=True)
+        place.rmdir()
+
+
+def _spawn(inherited: tuple[int, int, int], state: bytes, lock: int, place: Path) -> None:
     memory = _memfd(state)
-    fds = (listener, uffd, pidfd, memory)
+    fds = (*inherited, memory, lock)
     try:
         # It forks itself away: what is waited for is only its first moment.
         done = subprocess.run(

@@ -3,9 +3,10 @@
  * the userfaultfd (the kernel forgets all registrations with the last descriptor), a pidfd of the tracked process,
  * to end when that does, and a memfd with what the tracker knows, which it never reads.
  *
- *   holder LISTEN UFFD PIDFD STATE DIRECTORY        (four descriptor numbers, a path)
+ *   holder LISTEN UFFD PIDFD STATE LOCK DIRECTORY        (five descriptor numbers, a path)
  *
- * LISTEN is a listening SOCK_SEQPACKET socket, DIRECTORY/socket is its name. It talks to one client at a time: the
+ * LISTEN is a listening SOCK_SEQPACKET socket, DIRECTORY/socket is its name; LOCK is DIRECTORY, locked (flock) for as
+ * long as this process lives, so that what a killed holder leaves can be told from what is in use. It talks to one client at a time: the
  * connection is the lock that keeps two commands from scanning by turns. A client is greeted by one int32: 0, or
  * -errno when it is turned away. Every request is one int32 and is answered by one, 0 or -errno. PUT carries a memfd,
  * the answer to GET carries the three descriptors.
@@ -30,7 +31,7 @@
 
 enum { GET = 1, PUT = 2, END = 3 };
 /* The descriptors' numbers from here on; everything above is closed, but for clients. */
-enum { LISTEN = 3, UFFD, PIDFD, STATE, FDS };
+enum { LISTEN = 3, UFFD, PIDFD, STATE, LOCK, FDS };
 
 static const char *directory;
 static int client = -1;
@@ -137,7 +138,7 @@ int main(int argc, char **argv)
 	sigset_t all, ends;
 	int fds[FDS - LISTEN];
 
-	if (argc != 6)
+	if (argc != FDS - LISTEN + 2)
 		return 2;
 	/* Out of the way first: one that stands where another is to go must not be overwritten. */
 	for (int i = 0; i < FDS - LISTEN; i++) {
@@ -148,7 +149,7 @@ int main(int argc, char **argv)
 	for (int i = 0; i < FDS - LISTEN; i++)
 		dup3(fds[i], LISTEN + i, O_CLOEXEC);
 	syscall(SYS_close_range, FDS, ~0u, 0);
-	directory = argv[5];
+	directory = argv[FDS - LISTEN + 1];
 
 	/* Nobody's child: the command that started it waits for this parent only, and may be killed any time. */
 	switch (fork()) {
