@@ -131,6 +131,63 @@ def test_predump_to_a_full_disk(tmp_path):
     assert left == "left ; state S"
 
 
+MOUNTED = """
+import os, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from images_kit import BASE, PID, layer
+from lazymig.errors import LazymigError
+from lazymig.images.check import check_directory
+at = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "lazymig-tests", at], check=True)
+(at / "lost+found").mkdir()
+layer(at, [(BASE, 3, 4)], checksums=True)
+assert sorted(os.listdir(at)) == [
+    "inventory.img", "lazymig-checksums", "lost+found", "pagemap-5.img", "pages-1.img"], os.listdir(at)
+assert check_directory(at, whole=False, contents=True) == []
+try:
+    layer(at, [(BASE, 3, 4)])
+    raise AssertionError
+except LazymigError as e:
+    assert e.code == "layer-exists"
+for name in os.listdir(at):
+    if name != "lost+found":
+        os.unlink(at / name)
+seen = []
+real = os.rename
+def rename(a, b):
+    seen.append(os.path.basename(b))
+    if len(seen) == 3:
+        raise OSError(28, "full")
+    real(a, b)
+os.rename = rename
+try:
+    layer(at, [(BASE, 3, 4)])
+    raise AssertionError
+except LazymigError as e:
+    assert "ENOSPC" in str(e)
+assert os.listdir(at) == ["lost+found"], os.listdir(at)
+assert seen[-1] == "inventory.img", seen
+"""
+
+
+def test_a_directory_that_is_a_mount_point(tmp_path):
+    """It cannot be replaced by another: it is filled, the inventory last."""
+    run = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", MOUNTED, str(tmp_path)],
+        capture_output=True, text=True, timeout=60, check=False, cwd=os.path.dirname(os.path.dirname(__file__)),
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_link_to_an_empty_directory(tmp_path):
+    (tmp_path / "real [1]").mkdir()
+    (tmp_path / "link").symlink_to("real [1]")
+    layer(tmp_path / "link", [(BASE, 1, PE_PRESENT)])
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real [1]" / "inventory.img").exists()
+
+
 FOREVER = """
 import sys, shutil
 from pathlib import Path

@@ -8,7 +8,6 @@ from typing import Any
 from lazymig.images.check_process import STATUS_BITS, TASK_DEAD, body_of
 from lazymig.images.directory import ImageDirectory
 from lazymig.images.pagemap import LayerReader, Resolved
-from lazymig.kernel.ranges import RangeSet
 from lazymig.pb import fdinfo_pb2, mm_pb2
 
 Info = dict[str, Any]
@@ -96,15 +95,14 @@ def _process(top: ImageDirectory, place: Any) -> Info:  # noqa: ANN401
 
 def _vma(v: Any, files: dict[int, Any], found: Resolved) -> Info:  # noqa: ANN401
     names = [name for bit, name in STATUS_BITS.items() if v.status >> bit & 1]
-    span = RangeSet.span(v.start, v.end)
     info: Info = {
         "start": f"{v.start:x}",
         "end": f"{v.end:x}",
         "prot": "".join(c if v.prot >> i & 1 else "-" for i, c in enumerate(_PROT)),
         "status": [n for n in names if n != "regular"],
-        "eager": (found.eager & span).pages,
-        "local": (found.local & span).pages,
-        "lazy": (found.lazy & span).pages,
+        "eager": found.eager.clip(v.start, v.end).pages,
+        "local": found.local.clip(v.start, v.end).pages,
+        "lazy": found.lazy.clip(v.start, v.end).pages,
     }
     if "file-private" in names or "file-shared" in names:
         info["file"] = _name(files.get(v.shmid))

@@ -2,12 +2,16 @@
 
 Everything goes to a hidden directory beside it. ``commit`` writes the inventory last, syncs, and only then gives
 the directory its name: whoever is killed, or meets a full disk, before leaves nothing that looks like a dump.
+A directory that cannot be replaced, as a file system is mounted there, is filled from a hidden one inside, the
+inventory last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -24,6 +28,7 @@ from lazymig.images.framing import ImageWriter, telling, write_image
 from lazymig.images.magic import KINDS, zstd_kind
 from lazymig.pb import inventory_pb2, pagemap_pb2
 
+INVENTORY = KINDS["inventory"].file_name()
 IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1: two magic words
 Entry = tuple[int, int, int]  # address, pages, PE_* flags
 _MAX_COMPAT = (1 << 32) - 1
@@ -40,21 +45,24 @@ class DirectoryWriter:
     def __init__(
         self, directory: Path, *, parent: Path | None = None, checksums: bool = False, compress: bool = False
     ) -> None:
-        self.directory = directory.absolute()
+        # A link to an empty directory stays a link.
+        self.directory = Path(os.path.realpath(directory)) if directory.is_symlink() else directory.absolute()
         self._checksums, self._compress = checksums, compress
         self._pages: dict[int, int] = {}  # number of a pages file -> its descriptor
         self._lock = -1
         self.path: Path | None = None
-        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+        self._inside = self.directory.is_dir() and os.path.ismount(self.directory)
+        self._moved: list[Path] = []
+        self._remove_leftovers()
+        if self.directory.exists() and not self._is_free():
             raise LazymigError("there is something already", code="layer-exists", subject=str(directory))
         if parent is not None and not parent.is_dir():
             raise LazymigError("there is no such directory", code="no-parent", subject=str(parent))
         if compress:
             packed.require()
         with telling("mkdir", self.directory):
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            self.path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.directory.parent))
+            self._around.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self._around))
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             if parent is not None:
@@ -62,12 +70,22 @@ class DirectoryWriter:
                 (self.path / PARENT).symlink_to(target)
 
     @property
+    def _around(self) -> Path:
+        """Where the hidden directory lies."""
+        return self.directory if self._inside else self.directory.parent
+
+    @property
     def _prefix(self) -> str:
         return f".{self.directory.name}.lazymig-partial-"
 
+    def _is_free(self) -> bool:
+        if not self.directory.is_dir():
+            return False
+        return all(self._inside and p.name == "lost+found" for p in self.directory.iterdir())
+
     def _remove_leftovers(self) -> None:
         """Removes what writers of this very directory left that were killed: their locks are free."""
-        for left in self.directory.parent.glob(f"{self._prefix}*"):
+        for left in self._around.glob(f"{glob.escape(self._prefix)}*"):
             with contextlib.suppress(OSError):
                 fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
@@ -144,16 +162,36 @@ class DirectoryWriter:
         self.write("inventory", inventory or inventory_pb2.inventory_entry(img_version=IMG_VERSION))
         with telling("rename", self.directory):
             sync_directory(tmp)
-            os.rename(tmp, self.directory)
-            self.path = None
-            sync_directory(self.directory.parent)
+            if self._inside:
+                self._move_in(tmp)
+            else:
+                os.rename(tmp, self.directory)
+                self.path = None
+                sync_directory(self.directory.parent)
+        self._moved.clear()
         self.close()
+
+    def _move_in(self, tmp: Path) -> None:
+        """Moves everything out of the hidden directory, the inventory when all else is durably there."""
+        names = sorted(os.listdir(tmp), key=lambda n: n == INVENTORY)
+        for name in names:
+            if name == INVENTORY:
+                sync_directory(self.directory)
+            if os.path.lexists(self.directory / name):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            os.rename(tmp / name, self.directory / name)
+            self._moved.append(self.directory / name)
+        sync_directory(self.directory)
 
     def close(self) -> None:
         """Removes what was not committed. Again is allowed."""
         for fd in self._pages.values():
             os.close(fd)
         self._pages.clear()
+        for moved in reversed(self._moved):
+            with contextlib.suppress(OSError):
+                moved.unlink()
+        self._moved.clear()
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path = None
