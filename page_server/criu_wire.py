@@ -103,3 +103,32 @@ def connect(sock: socket.socket, address: str, port: int, timeout: float = 20) -
             hint="is criu dump --lazy-pages, or a page server, listening there?",
         ) from e
     tune(sock)
+
+
+_NARROW, _WIDE = struct.Struct("=IIQQ"), struct.Struct("=I4xQQQ")
+
+
+def ask(sock: socket.socket, pid: int, addr: int, pages: int, *, wide: bool) -> bytes:
+    """Asks for pages and waits for the answer, which may have fewer, but at least one: for the few needed at once.
+
+    ``wide``: in the layout of CRIU 4.2. PeerLostError, ProtocolError.
+    """
+    form = _WIDE if wide else _NARROW
+    try:
+        sock.sendall(form.pack(GET, pages, addr, pid))
+        cmd, n, at, _ = form.unpack(_exactly(sock, form.size))
+        if cmd & 0xFFFF != ADD_F or at != addr or not 0 < n <= pages:
+            raise ProtocolError(f"not an answer for {addr:x}: command {cmd:#x}, {n} pages at {at:x}")
+        return _exactly(sock, n * 4096)
+    except OSError as e:
+        raise PeerLostError(e.strerror or str(e), subject="page server") from e
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        got = sock.recv(min(size - len(data), 1 << 20))
+        if not got:
+            raise PeerLostError("it closed the connection", subject="page server")
+        data += got
+    return bytes(data)

@@ -275,6 +275,7 @@ class Dump:
         if self.options.serve is not None:
             needed = eager_pages(self.pid, captured.threads)
             written, self.lazy = split_eager(layout, written, needed, Mode.POSTCOPY)
+            able = RangeSet()  # what can be lazy beside such pages CRIU would ask the server for
         parts = classify(layout, written)
         vdso = layout.ranges(Kind.VDSO)  # CRIU compares it with that of the kernel which it restores on
         parts.append((vdso, FORCE))

@@ -17,9 +17,10 @@ from lazymig.errors import LazymigError, PeerLostError, SyscallError
 from lazymig.images.content import opened
 from lazymig.images.framing import open_image
 from lazymig.images.pagemap import FileExtents, Resolved
-from lazymig.kernel.ranges import RangeSet
+from lazymig.kernel.ranges import PAGE, RangeSet
 from lazymig.native import ffi, lib
 from lazymig.uffd.lazy import LazyMemory
+from page_server import criu_wire
 
 _FIELDS = ("start", "end", "offset", "layer")
 _BLOCK = 256 << 10  # bytes placed at once: a fault waits for no more
@@ -33,7 +34,7 @@ class ImageFiller:
 
         ``wide``: the server speaks as CRIU 4.2 does. LazymigError ``compressed-layer``: images must be plain.
         """
-        self._server = server
+        self._server, self._wide = server, wide
         self._fds: list[int] = []
         self._record = ffi.new("lm_pull_record *")
         self._ours, self._theirs = socket.socketpair()
@@ -52,17 +53,30 @@ class ImageFiller:
         if pull == ffi.NULL:
             raise MemoryError
         self._pull = ffi.gc(pull, lib.lm_pull_free)
-        if server is not None and (err := lib.lm_pull_begin(self._pull)):
-            raise SyscallError("page server", err, subject="page server")
 
     @property
     def fault_socket(self) -> socket.socket:
         """What the lazy memory asks on."""
         return self._theirs
 
+    def fetch(self, pid: int, pages: RangeSet, mem_fd: int) -> None:
+        """Before `attach`: gets pages from the server at once, into a process under construction. PeerLostError."""
+        if not pages:
+            return
+        if self._server is None:
+            raise LazymigError("pages are at the source only", code="lazy-images", subject=f"pid {pid}")
+        for start, end in pages:
+            at = start
+            while at < end:
+                data = criu_wire.ask(self._server, pid, at, (end - at) // PAGE, wide=self._wide)
+                os.pwrite(mem_fd, data, at)
+                at += len(data)
+
     def attach(self, lazy: LazyMemory, pid: int, pending: RangeSet) -> None:
-        """Serves the pages of ``pending``, which must all be among those resolved."""
+        """Serves the pages of ``pending``, which must all be among those resolved, or the server's."""
         self._lazy = lazy
+        if self._server is not None and (err := lib.lm_pull_begin(self._pull)):
+            raise SyscallError("page server", err, subject="page server")
         fds = ffi.new("int[]", self._fds)
         err = lib.lm_pull_add(
             self._pull, lazy.table, pid, self._ours.fileno(), pending.ptr, len(pending),
@@ -109,7 +123,7 @@ class ImageFiller:
                         got = os.preadv(fd, [memoryview(buffer)[:size]], offset)
                         if self._stop or got != size:
                             return  # the loop finds it out too, and tells
-                        lib.lm_lazy_place(self._lazy.table, start, size // 4096, data)
+                        lib.lm_lazy_place(self._lazy.table, start, size // PAGE, data)
                         start, offset = start + size, offset + size
         lib.lm_pull_background(self._pull)
 
