@@ -60,7 +60,7 @@ void lm_flow_reply(lm_flow *f, uint64_t now, uint64_t bytes, uint64_t sent, int 
 
 uint64_t lm_flow_chunk(const lm_flow *f)
 {
-	uint64_t pages = f->window / 8 / LM_PAGE;
+	uint64_t pages = f->window / 4 / LM_PAGE;
 
 	return pages < 16 ? 16 : pages > 256 ? 256 : pages;
 }

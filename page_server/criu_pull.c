@@ -318,12 +318,13 @@ int lm_pull_run(lm_pull *p)
 		for (i = 0; i < p->ntasks && !err; i++)
 			if (fds[i + 2].revents)
 				err = read_faults(p, i);
+		if (!err && fds[1].revents & ~POLLOUT)
+			err = lm_pull_receive(p);
+		/* Behind it: what an answer left out is asked for again before anything is waited for. */
 		if (!err && p->background)
 			err = background(p, &more);
 		if (!err && p->sock >= 0)
 			err = lm_pull_flush(p);
-		if (!err && fds[1].revents & ~POLLOUT)
-			err = lm_pull_receive(p);
 		p->stats.window = p->flow.window;
 		p->stats.rate = p->flow.rate;
 		p->stats.round_trip = p->flow.round_trip;
