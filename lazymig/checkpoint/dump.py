@@ -21,7 +21,7 @@ import trio
 from lazymig.checkpoint import files_image, shared_memory
 from lazymig.checkpoint.core_image import CG_SET, to_cores
 from lazymig.checkpoint.file_table import FileTable
-from lazymig.checkpoint.mm_image import to_mm
+from lazymig.checkpoint.mm_image import arguments, to_mm
 from lazymig.checkpoint.seccomp_image import FilterTable
 from lazymig.checkpoint.serve import SourceServer
 from lazymig.errors import LazymigError, Refusal, RefusedError
@@ -198,7 +198,7 @@ class Dump:
         self._files(table)
         self._shared(table)
         fault_point("dump", "pages")
-        await self._pages(captured)
+        await self._pages(captured, process)
         fault_point("dump", "commit")
         self.frozen_s = time.monotonic() - self._frozen_at
         self._stats()
@@ -265,7 +265,7 @@ class Dump:
             )
             pages_id += 1
 
-    async def _pages(self, captured: Capture) -> None:
+    async def _pages(self, captured: Capture, process: state_pb2.ProcessState) -> None:
         layout = self.target.layout
         pages = self.target.present() & layout.ranges(*PRIVATE_ANON, Kind.FILE)
         base = self.since.base(pages)
@@ -273,7 +273,7 @@ class Dump:
         able = lazy_capable(layout, Mode.POSTCOPY)
         written = pages - self.base.same
         if self.options.serve is not None:
-            needed = eager_pages(self.pid, captured.threads)
+            needed = eager_pages(self.pid, captured.threads) | arguments(process.mm)
             written, self.lazy = split_eager(layout, written, needed, Mode.POSTCOPY)
             able = RangeSet()  # what can be lazy beside such pages CRIU would ask the server for
         parts = classify(layout, written)

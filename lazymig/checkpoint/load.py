@@ -10,7 +10,7 @@ from pathlib import Path
 from lazymig.checkpoint.core_image import from_cores, task_core
 from lazymig.checkpoint.file_table import ident_of
 from lazymig.checkpoint.files_image import FilesImage, path_of
-from lazymig.checkpoint.mm_image import Space, from_mm
+from lazymig.checkpoint.mm_image import Space, arguments, from_mm
 from lazymig.checkpoint.seccomp_image import chain_of, common_of
 from lazymig.errors import LazymigError, Refusal, RefusedError
 from lazymig.images.content import open_extents
@@ -41,6 +41,7 @@ class Loaded:
     memory: LayerReader
     memfds: dict[int, tuple[int, int]]  # shmid -> (st_dev, st_ino) that their messages name
     membarrier: int
+    arguments: RangeSet  # pages that may not be missing when somebody looks at /proc
 
     @property
     def pages(self) -> RangeSet:
@@ -104,7 +105,15 @@ def load(directory: Path) -> Loaded:
         raise bad_image(images.file("pagemap", pid), what)
     memfds = {shmid: (os.makedev(0, d), i) for shmid, (d, i) in files.shmids.items()}
     loaded = Loaded(
-        directory, pid, space, capture, files.dump, memory, memfds, process.tc.membarrier_registration_mask
+        directory=directory,
+        pid=pid,
+        space=space,
+        capture=capture,
+        descriptors=files.dump,
+        memory=memory,
+        memfds=memfds,
+        membarrier=process.tc.membarrier_registration_mask,
+        arguments=arguments(mm),
     )
     if refusals := [*_taken(place), *_files(files, space), *_vdso(loaded)]:
         raise RefusedError(refusals)

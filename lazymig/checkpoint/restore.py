@@ -153,7 +153,7 @@ class Restore:
         self._shared()
         self._place(loaded.pages - self.lazy)
         # A list of locks is known only as far as its pages are there: each look may show one more.
-        while needed := eager_pages(loaded.pid, loaded.capture.threads) & self.lazy:
+        while needed := (eager_pages(loaded.pid, loaded.capture.threads) | loaded.arguments) & self.lazy:
             self._place(needed - self.remote)
             if self.filler is not None:
                 self.filler.fetch(loaded.pid, needed & self.remote, builder.mem_fd)
