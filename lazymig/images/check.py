@@ -16,12 +16,11 @@ from lazymig.errors import LazymigError
 from lazymig.images import check_process, checksums
 from lazymig.images.directory import ImageDirectory
 from lazymig.images.framing import ImageReader
-from lazymig.images.magic import Kind
+from lazymig.images.magic import PAGEMAPS, Kind
 from lazymig.images.packed import PackedPages
 from lazymig.images.pagemap import Layer, LayerReader
 
 IMG_VERSION = 2
-_PAGEMAPS = ("pagemap", "pagemap-shmem")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ def _one(directory: ImageDirectory, problems: Problems, *, top: bool, contents: 
     told: dict[Path, int] = {}
     for name, kind, ident in directory.images():
         with problems.noting():
-            if kind.name in _PAGEMAPS and ident is not None:
+            if kind.name in PAGEMAPS and ident is not None:
                 layer = Layer(directory.path, ident, kind.name)
                 if layer.pages_path in told and layer.bytes:
                     problems.add(
@@ -156,7 +155,7 @@ def _sums(directory: ImageDirectory, problems: Problems) -> None:
 
 def _memory(top: ImageDirectory, problems: Problems) -> None:
     """Every page of every process and shared memory object is somewhere."""
-    for kind in _PAGEMAPS:
+    for kind in PAGEMAPS:
         for ident in top.idents(kind):
             with problems.noting():
                 LayerReader(top.path, ident, kind).resolve()

@@ -17,6 +17,7 @@ from lazymig.errors import LazymigError, SyscallError
 from lazymig.images import checksums
 from lazymig.images.directory import ImageDirectory
 from lazymig.images.framing import telling
+from lazymig.images.magic import PAGEMAPS
 from lazymig.images.pagemap import Layer, LayerReader, punched_name
 from lazymig.images.writer import sync_directory
 from lazymig.kernel.ranges import RangeSet
@@ -43,7 +44,7 @@ def dedup(path: Path) -> list[Deduplicated]:
     whole, as only pages that it does not take from there are touched.
     """
     top = ImageDirectory(path)
-    readers = [LayerReader(path, i, k) for k in ("pagemap", "pagemap-shmem") for i in top.idents(k)]
+    readers = [LayerReader(path, i, k) for k in PAGEMAPS for i in top.idents(k)]
     for reader in readers:
         reader.resolve()
     results: dict[Path, Deduplicated] = {}

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from google.protobuf.message import DecodeError, EncodeError, Message
 
 from lazymig.errors import LazymigError, SyscallError
-from lazymig.images.magic import REST, Kind, name_of_magic, parse_name
+from lazymig.images.magic import COMMON, PAGEMAPS, REST, ZSTD_PAGEMAP, Kind, name_of_magic, parse_name
 
 M = TypeVar("M", bound=Message)
 
@@ -124,9 +124,12 @@ class ImageReader:
         if len(head) < size:
             raise bad_image(self.path, "it is too short for an image")
         first, second = _U32.unpack_from(head)[0], _U32.unpack_from(head, 4)[0] if len(head) == 8 else 0
-        if ((first,) if kind.words == 1 else (first, second)) != (
-            (kind.magic,) if kind.words == 1 else (kind.first, kind.magic)
-        ):
+        # The records of a pagemap whose pages are packed are the usual ones.
+        packed = kind.name in PAGEMAPS and (first, second) == (COMMON, ZSTD_PAGEMAP)
+        found, wanted = [(first, second), (kind.first, kind.magic)]
+        if kind.words == 1:
+            found, wanted = (first, 0), (kind.magic, 0)
+        if found != wanted and not packed:
             raise bad_image(
                 self.path, f"wrong magic: this is not {kind.name} but {name_of_magic(first, second)}"
             )

@@ -63,6 +63,7 @@ MessageType: TypeAlias = type[Message]
 COMMON = 0x54564319  # the first word of most images
 SERVICE = 0x55105940  # the first word of statistics and caches
 ZSTD_PAGEMAP = 0x4C5A4D47  # ours: a pagemap whose pages are compressed (docs/images.md)
+PAGEMAPS = ("pagemap", "pagemap-shmem")  # the kinds that tell where pages are
 REST = -1  # an extra blob that takes the rest of the file
 
 

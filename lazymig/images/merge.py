@@ -16,13 +16,13 @@ from pathlib import Path
 from lazymig.images import checksums as sums
 from lazymig.images.directory import ImageDirectory
 from lazymig.images.framing import bad_image, open_image, telling
-from lazymig.images.magic import parse_name
+from lazymig.images.magic import PAGEMAPS, parse_name
 from lazymig.images.packed import PackedPages
 from lazymig.images.pagemap import PE_LAZY, LayerReader, Resolved
 from lazymig.images.writer import DirectoryWriter, Entry
 from lazymig.kernel.ranges import PAGE
 
-_MADE_ANEW = ("pagemap", "pagemap-shmem", "pages", "inventory")
+_MADE_ANEW = (*PAGEMAPS, "pages", "inventory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def merge(source: Path, out: Path, *, compress: bool = False, checksums: bool = 
     with DirectoryWriter(out, checksums=checksums, compress=compress) as writer:
         _copy_images(top, writer)
         pages_id = 0
-        for kind in ("pagemap", "pagemap-shmem"):
+        for kind in PAGEMAPS:
             for ident in top.idents(kind):
                 pages_id += 1
                 resolved = LayerReader(source, ident, kind).resolve()
