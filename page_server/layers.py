@@ -25,7 +25,7 @@ from lazymig.images.pagemap import (
     LayerReader,
 )
 from lazymig.images.writer import DirectoryWriter, Entry
-from lazymig.kernel.ranges import PAGE, RangeSet
+from lazymig.kernel.ranges import RangeSet
 from lazymig.native import CData, ffi, lib
 from lazymig.pb import inventory_pb2
 from page_server.sender import Parts, new_bulk, pack_parts, skipped_pages
@@ -108,13 +108,15 @@ class PagesWriter:
             raise link_error(err, "process_vm_readv", f"pid {self.pid}")
         del pack
         present = _union(there)
-        self.pagemap(
-            _entries(
+        self.directory.pagemap_of(
+            self.pid,
+            self.pages_id,
+            [
                 (present & lazy_able, PE_PRESENT | PE_LAZY),
                 (present - lazy_able, PE_PRESENT),
                 (in_parent - present, PE_PARENT),
                 (lazy - present - in_parent, PE_LAZY),
-            )
+            ],
         )
         stats = ffi.new("lm_bulk_stats *")
         lib.lm_bulk_get_stats(bulk, stats)
@@ -130,10 +132,6 @@ def _union(sets: list[RangeSet]) -> RangeSet:
     while len(sets) > 1:
         sets = [a | b for a, b in zip(sets[::2], [*sets[1::2], RangeSet()], strict=False)]
     return sets[0] if sets else RangeSet()
-
-
-def _entries(*kinds: tuple[RangeSet, int]) -> list[Entry]:
-    return sorted((s, (e - s) // PAGE, flags) for ranges, flags in kinds for s, e in ranges)
 
 
 class LayerWriter:

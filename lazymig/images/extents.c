@@ -172,6 +172,61 @@ uint64_t lm_entries_ranges(const lm_entry *e, uint64_t n, uint32_t kind, lm_rang
 	return done;
 }
 
+void lm_entries_make(const lm_range *r, uint64_t n, uint32_t flags, lm_entry *out)
+{
+	uint64_t i;
+
+	for (i = 0; i < n; i++)
+		out[i] = (lm_entry){r[i].start, r[i].end, 0, flags, 0};
+}
+
+static int by_address(const void *x, const void *y)
+{
+	const lm_entry *a = x, *b = y;
+
+	return a->start < b->start ? -1 : a->start > b->start;
+}
+
+void lm_entries_sort(lm_entry *e, uint64_t n)
+{
+	if (n > 1)
+		qsort(e, n, sizeof(*e), by_address);
+}
+
+static uint8_t *put(uint8_t *p, uint64_t value)
+{
+	for (; value > 127; value >>= 7)
+		*p++ = (uint8_t)(value | 128);
+	*p++ = (uint8_t)value;
+	return p;
+}
+
+uint64_t lm_entries_encode(const lm_entry *e, uint64_t n, uint8_t *out)
+{
+	uint8_t *p = out;
+	uint64_t i;
+
+	for (i = 0; i < n; i++) {
+		uint64_t pages = (e[i].end - e[i].start) / LM_PAGE;
+		uint8_t *head = p;
+		uint32_t size;
+
+		p = put(p + 4, VADDR << 3);
+		p = put(p, e[i].start);
+		/* Readers before CRIU 4.2 know only this field, and later ones only look at it without the other. */
+		p = put(p, COMPAT_NR << 3);
+		p = put(p, pages <= UINT32_MAX ? pages : 0);
+		p = put(p, FLAGS << 3);
+		p = put(p, e[i].flags);
+		p = put(p, NR << 3);
+		p = put(p, pages);
+		size = (uint32_t)(p - head - 4);
+		head[0] = (uint8_t)size; /* less than LM_PM_RECORD */
+		head[1] = head[2] = head[3] = 0;
+	}
+	return (uint64_t)(p - out);
+}
+
 /* The first entry that ends after `addr`. */
 static uint64_t find(const lm_entry *e, uint64_t n, uint64_t addr)
 {

@@ -55,6 +55,13 @@ uint64_t lm_entries_ranges(const lm_entry *e, uint64_t n, uint32_t kind, lm_rang
  */
 uint64_t lm_entries_locate(const lm_entry *e, uint64_t n, const lm_range *wanted, uint64_t nw, uint32_t layer,
 			   lm_piece *out);
+/* Makes entries of ranges, with these flags, at `out` (room for n). */
+void lm_entries_make(const lm_range *r, uint64_t n, uint32_t flags, lm_entry *out);
+/* Sorts entries by address. */
+void lm_entries_sort(lm_entry *e, uint64_t n);
+/* Writes entries as records of a pagemap image to `out`, which has room for LM_PM_RECORD bytes each; the bytes. */
+uint64_t lm_entries_encode(const lm_entry *e, uint64_t n, uint8_t *out);
+enum { LM_PM_RECORD = 40 };
 /* Sorts pieces: by address, or by layer and offset. */
 void lm_pieces_sort(lm_piece *p, uint64_t n, int by_offset);
 /* The extents of pieces, merged where both address and offset go on, to `out` (room for n); their number. */

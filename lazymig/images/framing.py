@@ -274,7 +274,7 @@ class ImageWriter:
         except OSError:
             pass  # the error on its way out says more
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, data: bytes | memoryview) -> None:
         with telling("write", self._shown):
             self._file.write(data)
 
@@ -302,6 +302,11 @@ class ImageWriter:
         if told not in (written, REST):
             raise ValueError(f"{self.path.name}: a blob of {written} bytes where {told} are told of")
         self.records += 1
+
+    def write_encoded(self, data: bytes | memoryview, records: int) -> None:
+        """Adds records that are encoded already, lengths included. Trusts them."""
+        self._put(data)
+        self.records += records
 
     def close(self) -> None:
         """Writes all of it to the disk. Again is allowed."""

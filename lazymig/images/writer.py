@@ -15,7 +15,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from google.protobuf.message import Message
@@ -26,12 +26,13 @@ from lazymig.images import packed
 from lazymig.images.directory import PARENT
 from lazymig.images.framing import ImageWriter, telling, write_image
 from lazymig.images.magic import KINDS, zstd_kind
+from lazymig.kernel.ranges import PAGE, RangeSet
+from lazymig.native import CData, ffi, lib
 from lazymig.pb import inventory_pb2, pagemap_pb2
 
 INVENTORY = KINDS["inventory"].file_name()
 IMG_VERSION = 2  # CRTOOLS_IMAGES_V1_1: two magic words
 Entry = tuple[int, int, int]  # address, pages, PE_* flags
-_MAX_COMPAT = (1 << 32) - 1
 
 
 class DirectoryWriter:
@@ -136,15 +137,29 @@ class DirectoryWriter:
 
     def pagemap(self, ident: int, pages_id: int, entries: Iterable[Entry], *, kind: str = "pagemap") -> None:
         """The pagemap of a process (or of shared memory): (address, pages, PE_* flags), sorted by address."""
+        rows = [(start, start + n * PAGE, 0, flags, 0) for start, n, flags in entries]
+        self._pagemap(ident, pages_id, ffi.new("lm_entry[]", rows or 1), len(rows), kind)
+
+    def pagemap_of(
+        self, ident: int, pages_id: int, sets: Sequence[tuple[RangeSet, int]], *, kind: str = "pagemap"
+    ) -> None:
+        """The same from sets of pages, disjoint, with the PE_* flags of each."""
+        n = sum(len(ranges) for ranges, _ in sets)
+        entries, at = ffi.new("lm_entry[]", n + 1), 0
+        for ranges, flags in sets:
+            lib.lm_entries_make(ranges.ptr, len(ranges), flags, entries + at)
+            at += len(ranges)
+        lib.lm_entries_sort(entries, n)
+        self._pagemap(ident, pages_id, entries, n, kind)
+
+    def _pagemap(self, ident: int, pages_id: int, entries: CData, n: int, kind: str) -> None:
         name = KINDS[kind].file_name(ident)
         packed_kind = zstd_kind(kind) if self._compress else None
+        out = ffi.new("uint8_t[]", n * lib.LM_PM_RECORD + 1)
+        size = lib.lm_entries_encode(entries, n, out)
         with ImageWriter(self._tmp / name, packed_kind, shown=self.directory / name) as image:
             image.write(pagemap_pb2.pagemap_head(pages_id=pages_id))
-            entry = pagemap_pb2.pagemap_entry()
-            for entry.vaddr, entry.nr_pages, entry.flags in entries:
-                # Readers before CRIU 4.2 know only this one, and later ones only look at it without the other.
-                entry.compat_nr_pages = entry.nr_pages if entry.nr_pages <= _MAX_COMPAT else 0
-                image.write(entry)
+            image.write_encoded(memoryview(ffi.buffer(out, size)), n)
 
     def commit(self, inventory: inventory_pb2.inventory_entry | None = None) -> None:
         """Puts the directory in its place, on the disk. Without an inventory given a plain one is written."""

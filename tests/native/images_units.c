@@ -135,12 +135,53 @@ static void any_entries(void)
 	free(x);
 }
 
+/* What is written is what is read. */
+static void there_and_back(void)
+{
+	uint64_t n = rnd(30), i, at = 0;
+	lm_range *r = malloc((n ? n : 1) * sizeof(*r));
+	lm_entry *e = malloc((n ? n : 1) * sizeof(*e)), *back = malloc((n ? n : 1) * sizeof(*e));
+	uint8_t *data = malloc(n * LM_PM_RECORD + 1);
+
+	for (i = 0; i < n; i++) {
+		at += rnd(1ull << (13 + rnd(38))) / LM_PAGE * LM_PAGE;
+		r[i] = (lm_range){at, at + (1 + rnd(1ull << rnd(36))) * LM_PAGE};
+		at = r[i].end;
+	}
+	lm_entries_make(r, n, 1 + (uint32_t)rnd(4), e);
+	for (i = 0; n > 1 && i < n; i++) {
+		uint64_t j = rnd(n);
+		lm_entry swap = e[i];
+
+		e[i] = e[j];
+		e[j] = swap;
+	}
+	lm_entries_sort(e, n);
+	{
+		uint64_t size = lm_entries_encode(e, n, data);
+		uint8_t *same = exact(data, size);
+		lm_pagemap_end end = lm_pagemap_parse(same, size, 1, back);
+
+		assert(size <= n * LM_PM_RECORD && lm_pagemap_count(same, size) == n);
+		for (i = 0; i < end.entries; i++)
+			assert(back[i].start == r[i].start && back[i].end == r[i].end && back[i].flags == e[i].flags);
+		/* Only addresses that no process has end it. */
+		assert(end.entries == n || r[end.entries].end > 1ull << 57);
+		free(same);
+	}
+	free(r);
+	free(e);
+	free(back);
+	free(data);
+}
+
 int main(int argc, char **argv)
 {
 	state = 88172645463325252ull + (argc > 1 ? strtoull(argv[1], NULL, 10) : 0) * 7919;
 	for (int i = 0; i < 20000; i++) {
 		any_bytes();
 		any_entries();
+		there_and_back();
 	}
 	return 0;
 }
