@@ -83,6 +83,7 @@ class FilesImage:
         for e in self._messages("files.img", fdinfo_pb2.file_entry):
             if e.id in self.entries:
                 raise self._bad("files.img", f"two files have the number {e.id}")
+            _mend(e)
             self.entries[e.id] = e
         self.dump.file.extend(self.entries.values())
         self._rows(f"fdinfo-{files_id}.img")
@@ -185,6 +186,13 @@ class FilesImage:
             if head.fd not in by_fd:
                 raise self._bad("filelocks.img", f"a lock belongs to no descriptor ({head.fd})")
             self.dump.lock.add(head=head, file=by_fd[head.fd])
+
+
+def _mend(e: fdinfo_pb2.file_entry) -> None:
+    """An interval timer that went off unread has no time left in CRIU's images: it would never go off again."""
+    t = e.tfd
+    if e.HasField("tfd") and t.ticks and not (t.vsec or t.vnsec):
+        t.vsec, t.vnsec = t.isec, t.insec
 
 
 def path_of(entries: Mapping[int, fdinfo_pb2.file_entry], ident: int, subject: str) -> str:
