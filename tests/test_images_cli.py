@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from images_kit import BASE, PID, layer
 
-from lazymig.errors import LazymigError
+from lazymig.cli import main
+from lazymig.errors import LazymigError, SyscallError
+from lazymig.images import dedup
 from lazymig.images.content import open_extents
 from lazymig.images.directory import ImageDirectory
+from lazymig.images.framing import write_image
 from lazymig.images.magic import KINDS
 from lazymig.images.pagemap import PE_LAZY, PE_PARENT, PE_PRESENT, LayerReader
 from lazymig.kernel.ranges import PAGE
@@ -39,8 +43,13 @@ while True:
 
 
 def lazymig(*args, status=0):
+    words = [*map(str, args)]
+    if words[0] == "images":  # nothing that would need a process of its own
+        run = CliRunner().invoke(main, words)
+        assert run.exit_code == status, (args, run.stdout, run.stderr, run.exception)
+        return run
     run = subprocess.run(
-        [sys.executable, "-m", "lazymig", *map(str, args)],
+        [sys.executable, "-m", "lazymig", *words],
         capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert run.returncode == status, (args, run.stdout, run.stderr)
@@ -316,3 +325,58 @@ def test_read_only_directories(made, tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, (run.stdout, run.stderr)
     assert content(tmp_path / "out", pid) == content(base / "1", pid)
+
+
+def test_a_dedup_that_fails_harms_nothing(tmp_path, monkeypatch):
+    """What may be gone is listed before it goes: a parent is never taken for whole when it is not."""
+    layer(tmp_path / "0", [(BASE, 9, PE_PRESENT)])
+    layer(tmp_path / "1", [(BASE, 2, PE_PRESENT), (BASE + 2 * PAGE, 7, PE_PARENT)], tmp_path / "0", fill=3)
+    before = content(tmp_path / "1")
+
+    def fails(fd, offset, size, path):
+        raise SyscallError("fallocate", 5, subject=str(path))
+
+    monkeypatch.setattr(dedup, "_fallocate", fails)
+    with pytest.raises(SyscallError, match="EIO"):
+        dedup.dedup(tmp_path / "1")
+    assert content(tmp_path / "1") == before
+    with pytest.raises(LazymigError, match="punched out"):
+        LayerReader(tmp_path / "0", PID).resolve()
+
+
+def test_dedup_refuses_a_chain_that_is_not_sound(tmp_path):
+    layer(tmp_path / "0", [(BASE, 1, PE_PRESENT)])
+    layer(tmp_path / "1", [(BASE, 1, PE_PRESENT), (BASE + PAGE, 1, PE_PARENT)], tmp_path / "0")
+    assert "does not hold" in lazymig("images", "dedup", tmp_path / "1", status=1).stderr
+    assert not list((tmp_path / "0").glob("lazymig-*"))
+
+
+@pytest.mark.parametrize("data", [b"short", bytes(range(16)), (5 << 12).to_bytes(8, "little") * 2])
+def test_a_list_of_punched_pages_that_is_none(tmp_path, data):
+    layer(tmp_path / "0", [(BASE, 1, PE_PRESENT)])
+    (tmp_path / "0" / f"lazymig-punched-pagemap-{PID}").write_bytes(data)
+    assert f"lazymig-punched-pagemap-{PID}" in lazymig("images", "verify", tmp_path / "0", status=1).stdout
+
+
+@pytest.mark.parametrize("line", ["abc", "0" * 128 + "  ../../etc/passwd", "0" * 128 + " x"])
+def test_checksums_that_are_none(tmp_path, line):
+    layer(tmp_path / "0", [(BASE, 1, PE_PRESENT)])
+    (tmp_path / "0" / "lazymig-checksums").write_text(line)
+    assert "lazymig-checksums record 0" in lazymig("images", "verify", tmp_path / "0", status=1).stdout
+
+
+def test_a_file_that_the_checksums_tell_of_is_gone(tmp_path):
+    layer(tmp_path / "0", [(BASE, 1, PE_PRESENT)], checksums=True)
+    (tmp_path / "0" / "pagemap-5.img").unlink()
+    assert "pagemap-5.img: it is gone" in lazymig("images", "verify", tmp_path / "0", status=1).stdout
+
+
+def test_names_do_not_steer_a_terminal(made, tmp_path):
+    base, pid = made
+    shutil.copytree(base / "2", tmp_path / "2", symlinks=True)
+    path = tmp_path / "2" / f"core-{pid}.img"
+    core = ImageDirectory(tmp_path / "2").read_one("core", pid)
+    core.tc.comm = "\x1b]0;mine\x07"
+    path.unlink()
+    write_image(path, core)
+    assert "\x1b" not in lazymig("images", "show", tmp_path / "2").stdout

@@ -19,8 +19,7 @@ from lazymig.images.framing import ImageReader
 from lazymig.images.magic import PAGEMAPS, Kind
 from lazymig.images.packed import PackedPages
 from lazymig.images.pagemap import Layer, LayerReader
-
-IMG_VERSION = 2
+from lazymig.images.writer import IMG_VERSION
 
 
 @dataclass(frozen=True, slots=True)
