@@ -124,13 +124,26 @@ def _refused(e: Event) -> str:
     return "\n  ".join([*lines, *(problem(r) for r in _items(e, "refusals"))])
 
 
+def _running(e: Event) -> str:
+    if "downtime_ms" in e:
+        return f"running on the destination after {duration(number(e, 'downtime_ms'))}"
+    behind = f"; {number(e, 'lazy_pages'):,.0f} pages come behind" if number(e, "lazy_pages") else ""
+    return f"pid {number(e, 'pid'):.0f} runs, after {duration(number(e, 'ms'))}{behind}"
+
+
+def _dumped(e: Event) -> str:
+    lazy = number(_mapping(e, "pages"), "lazy")
+    return f"written; {lazy:,.0f} pages stay in the stopped process until somebody takes them"
+
+
 _LINES: dict[str, Callable[[Event], str]] = {
+    "dumped": _dumped,
     "preflight": _preflight,
     "parent": lambda e: f"parent: {number(e, 'pages'):,.0f} pages are at the destination already",
     "round": _round,
     "freeze": lambda _: "freeze: the process is stopped",
     "commit": lambda _: "commit: from here on the process belongs to the destination",
-    "running": lambda e: f"running on the destination after {duration(number(e, 'downtime_ms'))}",
+    "running": _running,
     "drain": lambda e: f"drain: {number(e, 'left'):,.0f} of {number(e, 'total'):,.0f} pages left",
     "warning": lambda e: f"warning: {clean(e.get('text', ''))}",
     "failed": _failed,
@@ -205,7 +218,9 @@ def summary(done: Event) -> list[tuple[str, str]]:
     if "untracked" in done:
         return [("tracking", "ended" if done["untracked"] else "there was none")]
     if "images_dir" in done:
-        rows = [("layer", clean(done["images_dir"]))]
+        rows = [("images" if "running_ms" in done else "layer", clean(done["images_dir"]))]
+        if "frozen_ms" in done:
+            rows.append(("frozen", duration(number(done, "frozen_ms"))))
         if how := _HOW.get(str(done.get("base"))):
             rows.append(("round", f"{how}: {clean(done['why'])}" if done.get("why") else how))
     else:
@@ -394,7 +409,12 @@ class LiveReporter(Reporter):
 
 def report_table(done: Event) -> Table:
     """The final report for a terminal."""
-    titles = {"dry_run": "can be moved", "images_dir": "written", "untracked": "not tracked"}
+    titles = {
+        "dry_run": "can be moved",
+        "running_ms": "restored",
+        "images_dir": "written",
+        "untracked": "not tracked",
+    }
     title = next((t for key, t in titles.items() if key in done), "moved")
     table = Table(show_header=False, title=title, title_justify="left", title_style="bold green")
     for name, value in summary(done):

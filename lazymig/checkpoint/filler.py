@@ -72,6 +72,14 @@ class ImageFiller:
                 os.pwrite(mem_fd, data, at)
                 at += len(data)
 
+    def claim(self, pid: int, remote: RangeSet) -> None:
+        """Before `attach`, the last thing before it runs: from the first page asked for, the source lets it go.
+
+        CRIU's protocol has no commit, so one page is asked for that comes again later. PeerLostError.
+        """
+        if self._server is not None and remote:
+            criu_wire.ask(self._server, pid, remote[0][0], 1, wide=self._wide)
+
     def attach(self, lazy: LazyMemory, pid: int, pending: RangeSet) -> None:
         """Serves the pages of ``pending``, which must all be among those resolved, or the server's."""
         self._lazy = lazy

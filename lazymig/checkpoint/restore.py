@@ -129,10 +129,10 @@ class Restore:
     def build(self) -> list[str]:
         """Makes the process and lets it run; warnings. Whatever fails leaves none."""
         loaded = self.loaded
+        fault_point("restore", "skeleton")
         builder = self.builder = Builder(loaded.pid, loaded.space.layout)
         try:
             warnings = self._build()
-            fault_point("restore", "built")
             builder.commit()
         except BaseException:
             builder.abandon()
@@ -164,10 +164,15 @@ class Restore:
         if self.filler is not None:
             builder.lazy = LazyMemory(builder.uffd, self.filler.fault_socket)
             builder.arm(self.lazy)
+        warnings = builder.seal(restored)
+        fault_point("restore", "built")
+        if self.filler is not None:
+            assert builder.lazy is not None
+            self.filler.claim(loaded.pid, self.lazy & self.remote)
             self.filler.attach(builder.lazy, loaded.pid, self.lazy)
             self.filler.start()
             builder.lazy.start()
-        return builder.seal(restored)
+        return warnings
 
     def _place(self, pages: RangeSet) -> None:
         files = self.loaded.memory.resolve(pages).files()

@@ -37,6 +37,8 @@ class SourceServer:
         self.target = target
         self.emit = emit
         self.committed = False  # pages were asked for: the process may run elsewhere
+        self.sent = 0  # pages
+        self._over = False
         memory = Path(f"/proc/{target.pid}/mem")  # offset is address
         self._served = [Served(target.pid, [Extent(s, e, memory, s) for s, e in pages])]
         self._listener = criu_wire.listen(*address)
@@ -58,15 +60,18 @@ class SourceServer:
         """
         host, port = self.address
         self.emit({"event": "listening", "address": host, "port": port, "pid": self.target.pid})
-        sent = 0
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch, nursery.cancel_scope)
-            sent = await self._sessions()
-            nursery.cancel_scope.cancel()
-            return sent
-        if not self.committed:
-            raise CancelledMigrationError("cancelled before any page was asked for; the process runs on here")
-        return sent
+        while True:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, nursery.cancel_scope)
+                await self._sessions()
+                nursery.cancel_scope.cancel()
+            if self._over:
+                return self.sent
+            if not self.committed:
+                raise CancelledMigrationError(
+                    "cancelled before any page was asked for; the process runs on here"
+                )
+            # The first page was asked for just then.
 
     async def _watch(self, scope: trio.CancelScope) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -76,21 +81,18 @@ class SourceServer:
                 text = "it is too late to cancel: the process may run where its pages went"
                 self.emit({"event": "warning", "text": text})
 
-    async def _sessions(self) -> int:
+    async def _sessions(self) -> None:
         self._listener.setblocking(False)
-        listener = trio.socket.from_stdlib_socket(self._listener)
-        total = 0
-        while True:
-            stream, peer = await listener.accept()
-            with socket.socket(fileno=os.dup(stream.fileno())) as sock:
-                stream.close()
-                done, sent = await self._session(sock, str(peer[0]))
-            total += sent
-            if done:
-                return total
+        listener = trio.socket.from_stdlib_socket(self._listener.dup())
+        with listener:
+            while not self._over:
+                stream, peer = await listener.accept()
+                with socket.socket(fileno=os.dup(stream.fileno())) as sock:
+                    stream.close()
+                    await self._session(sock, str(peer[0]))
 
-    async def _session(self, sock: socket.socket, peer: str) -> tuple[bool, int]:
-        """One connection: (whether all is over, pages sent)."""
+    async def _session(self, sock: socket.socket, peer: str) -> None:
+        """One connection."""
         # Behind the tracer's stop waits one that outlives the tracer: whatever happens from here, it does not run.
         if not self.committed:
             self.target.hold_frozen()
@@ -101,14 +103,17 @@ class SourceServer:
             await run_loop(session.run, session.stop)
         except LazymigError as e:
             error = e
-        sent = session.stats().sent
-        self.committed = self.committed or sent > 0
+        finally:
+            sent = session.stats().sent
+            self.sent += sent
+            self.committed = self.committed or sent > 0
+            if not self.committed:
+                self.target.release_hold()
         if not self.committed:
-            self.target.release_hold()
             text = f"{peer} asked for no page; the process is still here"
         elif error is None:
-            return True, sent
+            self._over = True
+            return
         else:
             text = f"the connection to {peer} broke ({error}); the pages are kept, connect again"
         self.emit({"event": "warning", "text": text})
-        return False, sent

@@ -1,0 +1,380 @@
+"""Dump and restore by this program alone: programs of every kind, layers, lazy restores, and what can go wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from checkpoint_kit import PORT, command, dump, ok, restore, serving
+from harness import PROGRAMS, Snapshot, Watched, appended, goes_on, judge, settled, untouched, wait_for
+
+from lazymig.demo.moves import Command
+from lazymig.demo.writer import Writer
+
+ALL = (
+    *("--mib", "8", "--threads", "3", "--timers", "--signals", "--churn", "--sparse", "--shared", "--odd"),
+    *("--vmas", "50"),
+)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return tmp_path / "images"
+
+
+def tree(directory):
+    """Everything in a directory, with its time stamps."""
+    return {p.name: (p.lstat().st_mtime_ns, p.lstat().st_size) for p in directory.iterdir()}
+
+
+@pytest.mark.parametrize("options", [[], ["--lazy"]])
+def test_a_program_with_everything(two_hosts, tmp_path, images, options):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", *ALL, "--append", str(tmp_path / "log"))
+    judge(program.report())
+    dump(source, program, images)
+    lines = appended(tmp_path / "log")
+    before = tree(images)
+    restore(destination, program, images, *options)
+    goes_on(program)
+    wait_for("more lines", lambda: appended(tmp_path / "log") > lines)
+    assert tree(images) == before
+    judge(program.finish())
+
+
+def test_one_of_each_descriptor(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    (tmp_path / "files" / "fifos").mkdir(parents=True)
+    os.mkfifo(tmp_path / "files" / "fifos" / "fifo")
+    argv = (sys.executable, PROGRAMS / "descriptors.py", tmp_path / "out", tmp_path / "files", "7999")
+    program = Watched(source, tmp_path / "out", *argv)
+    program.goes_on(2)
+    before = Snapshot(source, program.pid)
+    dump(source, program, images)
+    restore(destination, program, images)
+    program.goes_on(3, "appended", "fired")
+    assert sorted(Snapshot(destination, program.pid).descriptors) == sorted(before.descriptors)
+
+
+def test_system_calls_in_flight_go_on(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Watched(source, tmp_path / "out", sys.executable, PROGRAMS / "blocked.py", tmp_path / "out")
+    waiting = program.goes_on(2)["waiting"]
+    dump(source, program, images)
+    restore(destination, program, images)
+    assert program.goes_on(3)["waiting"] == waiting, "something woke up"
+    destination.kill(program.pid, signal.SIGUSR1)
+    wait_for("all that can wake to wake", lambda: program.lines()[-1]["woken"])
+
+
+def test_a_dump_that_leaves_it_running_leaves_no_trace(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "4", "--threads", "1")
+    before = Snapshot(source, program.pid)
+    dump(source, program, images, "--leave-running")
+    untouched(source, program.pid, before)
+    goes_on(program, 0.1)
+    # And the copy runs too, elsewhere. Its reports would go to the same file, so the original ends first.
+    program.program.kill()
+    restore(destination, program, images)
+    goes_on(program, 0.1)
+
+
+def test_layers_and_a_lazy_restore_of_them_from_a_directory_that_cannot_be_written(two_hosts, tmp_path):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "32", "--pattern", "hot")
+    ok(command(source, "predump", program.pid, "-D", tmp_path / "0"))
+    ok(command(source, "predump", program.pid, "-D", tmp_path / "1", "--parent", "../0"))
+    done = dump(source, program, tmp_path / "2", "--parent", "../1", "--leave-running")
+    assert done.final["base"] == "tracked"
+    assert done.final["pages"]["in_parent"] > done.final["pages"]["written"]
+    # The chain goes on from a dump.
+    done = dump(source, program, tmp_path / "3", "--parent", "../2")
+    assert done.final["base"] == "tracked"
+    place = tmp_path / "readonly"
+    place.mkdir()
+    destination.run(["mount", "--bind", tmp_path, place], check=True)
+    destination.run(["mount", "-o", "remount,ro,bind", place], check=True)
+    assert destination.run(["touch", place / "new"]).returncode != 0
+    done = restore(destination, program, place / "3", "--lazy")
+    assert done.final["pages"]["lazy"] > 5000
+    goes_on(program, 0.1)
+
+
+# ---- lazily from the source
+
+
+def test_pages_that_stay_at_the_source(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "32", "--threads", "2")
+    with serving(source, program, images) as running:
+        assert source.alive(program.pid)
+        assert (source.proc / str(program.pid) / "stat").read_text().rpartition(")")[2].split()[0] in "tT"
+        plain = command(destination, "restore", "-D", images)
+        assert (plain.status, plain.code) == (1, "lazy-images")
+        done = restore(destination, program, images, "--lazy", "--from", f"{source.address}:{PORT}")
+        assert done.final["pages"]["lazy"] > 8000
+        final = running.until("done", 20)
+        assert final["pages"]["served"] >= done.final["pages"]["lazy"]
+    assert not source.alive(program.pid)
+    goes_on(program)
+
+
+def test_nobody_comes_for_the_pages(two_hosts, tmp_path, images):
+    source, _ = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "4")
+    before = Snapshot(source, program.pid)
+    with serving(source, program, images) as running:
+        # Somebody who only looks takes nothing away.
+        look = f"import socket; socket.create_connection(('{source.address}', {PORT}), 5).close()"
+        source.run([sys.executable, "-c", look], check=True)
+        running.until("warning", 10)
+        running.program.send_signal(signal.SIGINT)
+        assert running.program.wait(20) == 1
+    untouched(source, program.pid, before)
+    goes_on(program, 0.1)
+    assert not images.exists()
+
+
+def test_a_link_that_breaks_keeps_the_pages_and_another_takes_them(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "64")
+    with serving(source, program, images) as running:
+        address = f"{source.address}:{PORT}"
+        with Command(
+            destination, "restore", "-D", str(images), "--lazy", "--from", address, "--json"
+        ) as first:
+            first.until("running", 20)
+            first.program.kill()
+        running.until("warning", 20)
+        running.program.send_signal(signal.SIGINT)
+        running.until("warning", 20)  # too late
+        assert (source.proc / str(program.pid) / "stat").read_text().rpartition(")")[2].split()[0] in "tT"
+        # Whoever gave up there starts anew.
+        destination.kill(program.pid)
+        settled(destination)
+        restore(destination, program, images, "--lazy", "--from", address)
+        running.until("done", 20)
+    goes_on(program, 0.1)
+
+
+def test_a_filler_that_is_killed_leaves_threads_waiting(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "256", "--pages-per-tick", "200")
+    dump(source, program, images)
+    with Command(destination, "restore", "-D", str(images), "--lazy", "--json") as running:
+        running.until("running", 20)
+        running.program.kill()
+    program.host = destination
+    stat = destination.proc / str(program.pid) / "wchan"
+    wait_for("it to wait for a page", lambda: stat.read_text() == "handle_userfault")
+    time.sleep(0.3)
+    assert stat.read_text() == "handle_userfault"
+
+
+# ---- failures
+
+
+@pytest.mark.parametrize("step", ["captured", "pages", "commit"])
+@pytest.mark.parametrize("action", ["kill", "error"])
+def test_a_dump_that_fails_leaves_the_process_and_no_directory(two_hosts, tmp_path, images, step, action):
+    source, _ = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "2", "--threads", "1")
+    before = Snapshot(source, program.pid)
+    done = command(source, "dump", program.pid, "-D", images, fault=f"dump:{step}:{action}")
+    assert done.status != 0
+    untouched(source, program.pid, before)
+    goes_on(program, 0.1)
+    assert not images.exists()
+    dump(source, program, images)
+    left = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert left == [], "what a killed dump left is removed by the next"
+
+
+def test_a_dump_to_a_full_disk(two_hosts, tmp_path):
+    source, _ = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "8")
+    small = tmp_path / "small"
+    small.mkdir()
+    source.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], check=True)
+    before = Snapshot(source, program.pid)
+    done = command(source, "dump", program.pid, "-D", small / "images")
+    assert (done.status, "No space" in done.final["error"]["message"]) == (1, True)
+    untouched(source, program.pid, before)
+    goes_on(program, 0.1)
+    assert source.run(["ls", "-A", small]).stdout == ""
+
+
+@pytest.mark.parametrize("fault", ["restore:built:kill", "restore:built:error"])
+def test_a_restore_that_fails_leaves_nothing(two_hosts, tmp_path, images, fault):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "2", "--threads", "1")
+    dump(source, program, images)
+    for options in ([], ["--lazy"]):
+        assert command(destination, "restore", "-D", images, *options, fault=fault).status != 0
+        settled(destination)
+    restore(destination, program, images)
+    goes_on(program, 0.1)
+
+
+def test_its_pid_is_taken(two_hosts, tmp_path, images):
+    source, _ = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "2")
+    dump(source, program, images, "--leave-running")
+    done = command(source, "restore", "-D", images)
+    assert (done.status, done.code, done.subject) == (3, "pid-taken", f"pid {program.pid}")
+    goes_on(program, 0.1)
+
+
+def test_what_cannot_be_dumped_is_refused(two_hosts, tmp_path, images):
+    source, _ = two_hosts
+    program = source.popen(["sleep", "60"], stdout=subprocess.PIPE)
+    with program:
+        done = command(source, "dump", program.pid, "-D", images)
+        assert (done.status, done.code) == (3, "fd-outside")
+        assert not images.exists()
+        ok(command(source, "dump", program.pid, "-D", images, "--stdio", "null"))
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory):
+    """A sound dump, and a host to try to restore damaged copies of it on."""
+    from lazymig.demo.hosts import Host
+
+    tmp = tmp_path_factory.mktemp("dumped")
+    with Host("source", last_pid=10000) as source, Host("destination", last_pid=20000) as destination:
+        program = Writer(source, tmp / "writer", "--mib", "1", "--threads", "1")
+        dump(source, program, tmp / "images")
+        yield tmp / "images", program.pid, destination
+
+
+def cut(name, size=None):
+    """Shortens an image."""
+
+    def damage(directory):
+        path = next(directory.glob(name))
+        os.truncate(path, path.stat().st_size - 1 if size is None else size)
+        return path.name
+
+    return damage
+
+
+def drop(name, told=""):
+    """Removes an image; ``told``: what the error then says, if not its name."""
+
+    def damage(directory):
+        path = next(directory.glob(name))
+        path.unlink()
+        return told or path.name
+
+    return damage
+
+
+def swap(a, b):
+    """Puts one image in the place of another."""
+
+    def damage(directory):
+        shutil.copy(next(directory.glob(a)), path := next(directory.glob(b)))
+        return path.name
+
+    return damage
+
+
+def rewrite(name, message, change):
+    """Changes the only message of an image."""
+
+    def damage(directory):
+        from lazymig.images.framing import header, read_one
+        from lazymig.images.magic import parse_name
+
+        path = next(directory.glob(name))
+        entry = read_one(path, message())
+        change(entry)
+        data = entry.SerializeToString()
+        path.write_bytes(header(parse_name(path.name)[0]) + len(data).to_bytes(4, "little") + data)
+        return path.name
+
+    return damage
+
+
+def core():
+    from lazymig.pb import core_pb2
+
+    return core_pb2.core_entry
+
+
+def mm():
+    from lazymig.pb import mm_pb2
+
+    return mm_pb2.mm_entry
+
+
+def overlap(entry):
+    entry.vmas[1].start -= 4096
+
+
+def unknown_status(entry):
+    entry.vmas[1].status |= 1 << 25
+
+
+def system_v(entry):
+    entry.vmas[1].status |= 1 << 10
+
+
+def no_file(entry):
+    entry.vmas[0].shmid = 4711
+
+
+def arm(entry):
+    entry.mtype = 3
+
+
+def no_actions(entry):
+    del entry.tc.sigactions[:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut("inventory.img"),
+        cut("pages-1.img"),
+        cut("pagemap-*.img"),
+        cut("core-*.img"),
+        cut("files.img", 9),
+        cut("mm-*.img", 3),
+        drop("core-*.img"),
+        drop("mm-*.img"),
+        drop("files.img", "which is in no image"),
+        swap("fs-*.img", "mm-*.img"),
+        swap("pstree.img", "files.img"),
+        rewrite("mm-*.img", mm, overlap),
+        rewrite("mm-*.img", mm, unknown_status),
+        rewrite("mm-*.img", mm, system_v),
+        rewrite("mm-*.img", mm, no_file),
+        rewrite("core-*.img", core, arm),
+        rewrite("core-*1.img", core, no_actions),
+    ],
+)
+def test_bad_images_are_refused_before_a_process_is_made(dumped, tmp_path, damage):
+    images, _, destination = dumped
+    copy = tmp_path / "copy"
+    shutil.copytree(images, copy, symlinks=True)
+    name = damage(copy)
+    done = command(destination, "restore", "-D", copy, fault="restore:skeleton:kill")
+    assert done.status == 1, f"{done.final} {done.errors}"
+    assert done.code == "bad-image"
+    assert name in done.subject + done.final["error"]["message"]
+    settled(destination)
+
+
+def test_a_sound_copy_is_restored(dumped, tmp_path):
+    images, pid, destination = dumped
+    shutil.copytree(images, tmp_path / "copy", symlinks=True)
+    done = ok(command(destination, "restore", "-D", tmp_path / "copy"))
+    assert done.final["pid"] == pid
+    destination.kill(pid)
