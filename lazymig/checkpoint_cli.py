@@ -76,6 +76,13 @@ def _run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
 @click.option(
     "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
 )
+@click.option(
+    "--zstd",
+    "compress",
+    is_flag=True,
+    help="Pack the pages. Only lazymig reads them then, and not with restore --lazy.",
+)
+@click.option("--checksums", is_flag=True, help="Add checksums, which `images verify` and b2sum -c check.")
 @_AS_JSON
 def dump(
     pid: int,
@@ -86,6 +93,8 @@ def dump(
     leave_running: bool,
     stdio: str,
     tcp_close: bool,
+    compress: bool,
+    checksums: bool,
     as_json: bool,
 ) -> None:
     """Write the process PID to a directory, as images that CRIU restores too, and end it.
@@ -117,6 +126,8 @@ def dump(
         stdio=choice,
         stdio_path=path,
         tcp_close=tcp_close,
+        compress=compress,
+        checksums=checksums,
     )
     _run(lambda shown: run_dump(options, shown.event), as_json)
 

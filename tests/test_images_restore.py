@@ -70,12 +70,16 @@ def test_packed_pages_are_not_restored_lazily(two_hosts, tmp_path):
     """A fault would wait for a whole frame; what to do is said."""
     source, destination = two_hosts
     program = Writer(source, tmp_path / "writer", "--mib", "4")
-    call(source, "dump", program.pid, "-D", tmp_path / "0")
-    call(source, "images", "merge", tmp_path / "0", "-o", tmp_path / "1", "--zstd")
+    call(source, "dump", program.pid, "-D", tmp_path / "1", "--zstd", "--checksums")
+    assert not list((tmp_path / "1").glob("pages-*.img"))
+    call(source, "images", "verify", "--dump", tmp_path / "1")
     before = set(destination.pids())
     run = call(destination, "restore", "-D", tmp_path / "1", "--lazy", status=1)
     assert "unpack it with lazymig images merge" in run.stdout + run.stderr
     assert set(destination.pids()) == before
+    call(destination, "restore", "-D", tmp_path / "1")
+    program.host = destination
+    assert program.finish().ok
 
 
 def test_what_is_unsound_makes_no_process(two_hosts, tmp_path):

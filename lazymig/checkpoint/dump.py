@@ -64,6 +64,8 @@ class DumpOptions:
     stdio_path: str = ""
     tcp_close: bool = False
     serve: tuple[str, int] | None = None  # pages that can be lazy stay in the source, which is served there
+    compress: bool = False  # pages are packed with zstd: CRIU then refuses the images
+    checksums: bool = False
 
 
 class DumpTarget(Target):
@@ -92,7 +94,12 @@ async def _dump(options: DumpOptions, emit: Callable[[Event], None]) -> Event:
         if options.parent is not None:
             parent = ParentLayer(parent_directory(options.images_dir, options.parent), options.pid)
         since = Since(target, parent, emit)
-        with DirectoryWriter(options.images_dir, parent=parent.directory if parent else None) as writer:
+        with DirectoryWriter(
+            options.images_dir,
+            parent=parent.directory if parent else None,
+            compress=options.compress,
+            checksums=options.checksums,
+        ) as writer:
             dump = Dump(options, target, dumper, writer, since)
             await dump.run(emit)
         event = dump.report(started)
