@@ -23,7 +23,7 @@ static void set_window(lm_flow *f, uint64_t now)
 	int faults = now - f->last_fault < FAULTS_LAST;
 	/* What is in flight beyond the round trip stands in a queue: it hides the server's pauses, and a fault waits
 	 * behind it. It also lets the window grow while the link has more to give. */
-	uint64_t queue = f->round_trip / (faults ? 4 : 1), least = SECOND / 1000 / (faults ? 2 : 1);
+	uint64_t queue = f->round_trip / (faults ? 4 : 1), least = faults ? SECOND / 2000 : 3 * SECOND / 1000;
 	uint64_t span = f->round_trip + (queue > least ? queue : least);
 
 	f->window = (uint64_t)((__uint128_t)f->rate * span / SECOND);
@@ -62,5 +62,5 @@ uint64_t lm_flow_chunk(const lm_flow *f)
 {
 	uint64_t pages = f->window / 4 / LM_PAGE;
 
-	return pages < 16 ? 16 : pages > 256 ? 256 : pages;
+	return pages < 16 ? 16 : pages > 1024 ? 1024 : pages;
 }

@@ -15,6 +15,8 @@
 /* Pages of a request for a fault that nothing is known about: one that stands alone pays little for them. */
 #define AROUND 16u
 #define AROUND_MAX 1024u
+#define SPIN_NS 100000u
+#define SPIN_BYTES (1u << 20)
 /* Room that is kept in the ring for faults. */
 #define RING_FREE 256u
 
@@ -286,10 +288,14 @@ static int background(lm_pull *p, bool *more)
 	return err;
 }
 
+/* Waits. A halted processor takes longer to wake than an answer on a fast link to come: so it looks again for a
+ * moment, when one is due and it is much that is fetched. */
 static int wait_for_work(lm_pull *p, struct pollfd *fds, bool busy)
 {
+	uint64_t until = p->flying >= SPIN_BYTES ? lm_pull_now() + SPIN_NS : 0;
 	nfds_t n = 2;
 	uint32_t i;
+	int found;
 
 	fds[0] = (struct pollfd){p->wake, POLLIN, 0};
 	fds[1] = (struct pollfd){p->sock, POLLIN, 0};
@@ -297,9 +303,12 @@ static int wait_for_work(lm_pull *p, struct pollfd *fds, bool busy)
 		fds[1].events |= POLLOUT;
 	for (i = 0; i < p->ntasks; i++)
 		fds[n++] = (struct pollfd){p->task[i].faults, POLLIN, 0};
-	if (poll(fds, n, busy ? 0 : -1) < 0 && errno != EINTR)
-		return errno;
-	return 0;
+	do
+		found = poll(fds, n, busy || until ? 0 : -1);
+	while (!found && until && !busy && lm_pull_now() < until);
+	if (!found && !busy)
+		found = poll(fds, n, -1);
+	return found < 0 && errno != EINTR ? errno : 0;
 }
 
 int lm_pull_run(lm_pull *p)
