@@ -243,6 +243,13 @@ static uint64_t find(const lm_entry *e, uint64_t n, uint64_t addr)
 	return low;
 }
 
+uint64_t lm_entries_between(const lm_entry *e, uint64_t n, uint64_t start, uint64_t end)
+{
+	uint64_t first = find(e, n, start), last = find(e, n, end);
+
+	return (last < n ? last + 1 : n) - first;
+}
+
 uint64_t lm_entries_locate(const lm_entry *e, uint64_t n, const lm_range *wanted, uint64_t nw, uint32_t layer,
 			   lm_piece *out)
 {

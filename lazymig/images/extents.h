@@ -51,10 +51,12 @@ lm_pagemap_end lm_pagemap_parse(const uint8_t *data, uint64_t len, uint64_t reco
 uint64_t lm_entries_ranges(const lm_entry *e, uint64_t n, uint32_t kind, lm_range *out);
 /*
  * Where the bytes of `wanted` ranges, all of them in present entries, are: pieces to `out`, which has room for
- * n + nw. The number of pieces.
+ * one for each range and each entry between the first and the last. The number of pieces.
  */
 uint64_t lm_entries_locate(const lm_entry *e, uint64_t n, const lm_range *wanted, uint64_t nw, uint32_t layer,
 			   lm_piece *out);
+/* How many entries at most share anything with the addresses from `start` to `end`. */
+uint64_t lm_entries_between(const lm_entry *e, uint64_t n, uint64_t start, uint64_t end);
 /* Makes entries of ranges, with these flags, at `out` (room for n). */
 void lm_entries_make(const lm_range *r, uint64_t n, uint32_t flags, lm_entry *out);
 /* Sorts entries by address. */

@@ -163,7 +163,9 @@ class Layer:
 
     def locate(self, wanted: RangeSet, layer: int) -> tuple[CData, int]:
         """Pieces (``lm_piece *``, and how many) of ``wanted``, all of which must be present here."""
-        out = ffi.new("lm_piece[]", self._n + len(wanted) + 1)
+        first, last = (wanted[0][0], wanted[-1][1]) if wanted else (0, 0)
+        near = int(lib.lm_entries_between(self._entries, self._n, first, last))
+        out = ffi.new("lm_piece[]", near + len(wanted) + 1)
         n = lib.lm_entries_locate(self._entries, self._n, wanted.ptr, len(wanted), layer, out)
         return out, int(n)
 

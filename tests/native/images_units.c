@@ -92,7 +92,7 @@ static void any_entries(void)
 	uint64_t n = rnd(40), nw = rnd(40), i, at = 0, offset = 0, held = 0;
 	lm_entry *e = malloc((n ? n : 1) * sizeof(*e));
 	lm_range *w = malloc((nw ? nw : 1) * sizeof(*w)), *r = malloc((n ? n : 1) * sizeof(*r));
-	lm_piece *p = malloc((n + nw ? n + nw : 1) * sizeof(*p));
+	lm_piece *p;
 	lm_extent *x = malloc((n + nw ? n + nw : 1) * sizeof(*x));
 
 	for (i = 0; i < n; i++) {
@@ -110,6 +110,9 @@ static void any_entries(void)
 		at = w[i].end;
 	}
 	assert(lm_entries_ranges(e, n, LM_PE_PRESENT, r) <= n);
+	i = nw ? lm_entries_between(e, n, w[0].start, w[nw - 1].end) : 0;
+	assert(i <= n);
+	p = malloc((i + nw ? i + nw : 1) * sizeof(*p));
 	uint64_t got = lm_entries_locate(e, n, w, nw, 0, p);
 
 	assert(got <= n + nw);
