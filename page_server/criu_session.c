@@ -314,6 +314,11 @@ int lm_ps_answer(lm_ps *s, const void *data, uint64_t n)
 	return lm_send_all(s->sock, &v, 1, &s->cancel);
 }
 
+uint64_t lm_ps_width(const uint8_t *first)
+{
+	return lm_ps_guess(first);
+}
+
 void lm_ps_counts(const lm_ps *s, uint64_t *received, uint64_t *sent)
 {
 	*received = s->received;

@@ -26,6 +26,8 @@ int lm_ps_serve(lm_ps *s, uint64_t pid, const lm_piece *pieces, uint64_t n, cons
 int lm_ps_step(lm_ps *s, lm_ps_iov *out);
 /* Sends an answer. 0 or errno. */
 int lm_ps_answer(lm_ps *s, const void *data, uint64_t n);
+/* How many bytes the messages of a connection have that begins with these 24. */
+uint64_t lm_ps_width(const uint8_t *first);
 /* Pages received and sent so far. */
 void lm_ps_counts(const lm_ps *s, uint64_t *received, uint64_t *sent);
 /* cffi: end */

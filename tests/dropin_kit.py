@@ -96,3 +96,9 @@ def keepers(host: Host) -> list[int]:
 def no_keeper(host: Host) -> None:
     """Waits until no keeper lives in a host."""
     wait_for("the keeper ends", lambda: not keepers(host))
+
+
+def slow_link(host: Host, rate: str) -> None:
+    """Limits what a host of two sends, in tc's notation: so that something can happen amid the pages."""
+    tbf = ["tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate]
+    host.run([*tbf, "burst", "64kb", "latency", "50ms"], check=True)

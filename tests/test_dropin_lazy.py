@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import time
+
 import pytest
 from criu import sound, writer
-from dropin_kit import Daemon, keepers, lazy_source, no_keeper, restore
+from dropin_kit import Daemon, keepers, lazy_source, no_keeper, restore, slow_link
 from harness import wait_for
 
 from lazymig.demo.writer import Writer
@@ -133,23 +136,114 @@ def test_a_restore_that_fails_leaves_the_original_running(moving):
     no_keeper(moving.destination)
 
 
-def test_a_dead_daemon_makes_nobody_read_zeroes_and_another_goes_on(moving):
-    program = moving.start("--mib", "64")
+def silent(program, seconds=0.7):
+    """Asserts that a program waits for pages: it was asked for a report, and none comes."""
+    program.host.kill(program.pid, signal.SIGUSR2)
+    size = program.out.stat().st_size
+    time.sleep(seconds)
+    assert program.host.alive(program.pid)
+    assert program.out.stat().st_size == size
+
+
+def resident(program):
+    """Whether all pages of a program's 64 MiB are there."""
+    statm = program.host.proc / str(program.pid) / "statm"
+    return int(statm.read_text().split()[1]) >= 64 << 8
+
+
+@pytest.mark.parametrize("options", [(), ("--churn",)], ids=["quiet", "churn"])
+def test_a_dead_daemon_makes_nobody_read_zeroes_and_another_goes_on(moving, options):
+    program = moving.start("--mib", "64", *options)
+    slow_link(moving.source, "200mbit")
     with moving.dump_lazily() as dump:
         with moving.daemon(port=7100) as daemon:
             daemon.wait_event("listening")
-            daemon.program.send_signal(0)
             moving.restore()
             daemon.wait_event("running")
+            time.sleep(0.2)
             daemon.program.kill()
             daemon.program.wait(10)
         assert len(keepers(moving.destination)) == 1
+        assert not resident(program)
+        silent(program)
         assert dump.poll() is None, "the source was told that all went well"
+        slow_link(moving.source, "10gbit")
         with moving.daemon(port=7100) as second:
             assert second.wait_event("resumed")["running"]
+            child = program.fork()
+            assert child.bad_pages == 0, child.errors
             sound(program)
             second.ends()
-        assert second.find("done")["pages"] > 0
+        done = second.find("done")
+        assert 0 < done["pages"] < 16384, "what had come was fetched again"
         assert dump.wait(20) == 0
     sound(program)
     no_keeper(moving.destination)
+
+
+def test_a_daemon_that_dies_before_the_restore_is_done(moving):
+    program = moving.start("--mib", "16")
+    go = moving.tmp / "go"
+    script = moving.tmp / "wait"
+    script.write_text(
+        f'#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = post-restore ] || exit 0\n'
+        f"touch {go}.here; while [ ! -e {go} ]; do sleep 0.02; done\n"
+    )
+    script.chmod(0o755)
+    with moving.dump_lazily() as dump:
+        with moving.daemon(port=7100) as daemon:
+            daemon.wait_event("listening")
+            words = ("restore", "-d", "-D", moving.images, "-o", "restore.log", "--lazy-pages")
+            words += ("--action-script", script)
+            with moving.criu.start(moving.destination, *words, cwd=moving.tmp) as restoring:
+                wait_for("the script runs", (moving.tmp / "go.here").exists)
+                daemon.program.kill()
+                daemon.program.wait(10)
+                go.touch()
+                assert restoring.wait(20) == 0
+        program.host = moving.destination
+        silent(program, 0.3)
+        with moving.daemon(port=7100) as second:
+            sound(program)
+            second.ends()
+        assert dump.wait(20) == 0
+    no_keeper(moving.destination)
+
+
+def test_a_lost_source_makes_threads_wait_and_the_keeper_ends_with_them(moving):
+    program = moving.start("--mib", "64")
+    slow_link(moving.source, "200mbit")
+    with moving.dump_lazily() as dump, moving.daemon(port=7100) as daemon:
+        daemon.wait_event("listening")
+        moving.restore()
+        daemon.wait_event("running")
+        time.sleep(0.2)
+        dump.kill()
+        daemon.ends(4)
+    assert daemon.find("failed")["error"]["code"] == "peer-lost"
+    silent(program)
+    assert len(keepers(moving.destination)) == 1
+    program.host.kill(program.pid)
+    no_keeper(moving.destination)
+
+
+def test_two_daemons_do_not_serve_one_directory(moving):
+    moving.start("--mib", "4")
+    moving.dump()
+    with moving.daemon() as first:
+        first.wait_event("listening")
+        with moving.daemon() as second:
+            second.ends(1)
+        assert second.find("failed")["error"]["code"] == "in-use"
+
+
+def test_pages_that_only_the_source_has_are_not_looked_for_here(moving):
+    moving.start("--mib", "4")
+    with moving.dump_lazily() as dump:
+        with moving.daemon() as daemon:
+            daemon.ends(1)
+        assert daemon.find("failed")["error"]["code"] == "pages-elsewhere"
+        assert dump.poll() is None
+    with Daemon(moving.destination, "lazy-pages", "-D", moving.tmp, cwd=moving.tmp) as daemon:
+        daemon.ends(1)
+    assert daemon.find("failed")["error"]["code"] == "bad-image"

@@ -209,10 +209,10 @@ static int anybody(void)
 	size_t i;
 
 	for (i = 0; i < nheld; i++) {
-		/* Nothing is registered down there: this only tells whether the address space exists. */
+		/* Nothing is registered down there: ENOMEM only tells that the address space is gone. */
 		struct uffdio_range r = {0x1000, 0x1000};
 
-		if (held[i].role <= CHILD && (!ioctl(held[i].fd, UFFDIO_UNREGISTER, &r) || errno != ESRCH))
+		if (held[i].role <= CHILD && (!ioctl(held[i].fd, UFFDIO_UNREGISTER, &r) || errno != ENOMEM))
 			return 1;
 	}
 	return 0;
