@@ -173,14 +173,15 @@ static int fault(lm_pull *p, uint32_t i, const lm_fault_head *head)
 {
 	lm_pull_task *t = &p->task[i];
 	uint64_t run, page = lm_index_of(&t->index, head->addr, &run), want;
+	bool local;
 
 	lm_flow_fault(&p->flow, lm_pull_now());
 	/* Not to be asked for: it is on its way. */
 	if (page == LM_NO_PAGE || !lm_bit(t->todo, page))
 		return 0;
-	want = run_from(t, page, around(t, head->addr));
+	want = lm_pull_span(t, head->addr, run_from(t, page, around(t, head->addr)), &local);
 	p->stats.urgent++;
-	if (t->nlocal)
+	if (local)
 		return local_pages(p, t, head->addr, page, want);
 	if (lm_pull_ask(p, i, head->addr, want))
 		lm_pull_claim(p, t, page, want);
@@ -260,6 +261,7 @@ static int background(lm_pull *p, bool *more)
 {
 	uint64_t page, addr, n;
 	uint32_t idle = 0;
+	bool local, full;
 	int err = 0;
 
 	*more = false;
@@ -268,17 +270,19 @@ static int background(lm_pull *p, bool *more)
 		lm_pull_task *t = &p->task[i];
 
 		idle++;
-		if (!t->ntodo || (t->nlocal && *more))
-			continue;
-		if (!t->nlocal && (p->flying >= p->flow.window ||
-				   p->record->sent - p->record->answered >= LM_PULL_RING - RING_FREE))
+		if (!t->ntodo)
 			continue;
 		n = next_run(p, t, &page, &addr);
 		if (!n)
 			continue;
+		n = lm_pull_span(t, addr, n, &local);
+		full = p->flying >= p->flow.window ||
+		       p->record->sent - p->record->answered >= LM_PULL_RING - RING_FREE;
+		if (local ? *more : full)
+			continue;
 		t->cursor = page + n;
 		idle = 0;
-		if (t->nlocal) {
+		if (local) {
 			err = local_pages(p, t, addr, page, n);
 			*more = true;
 		} else if (lm_pull_ask(p, i, addr, n)) {

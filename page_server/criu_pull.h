@@ -38,7 +38,7 @@ typedef struct lm_pull lm_pull;
 lm_pull *lm_pull_new(int sock, int wide, lm_pull_record *record);
 void lm_pull_free(lm_pull *p);
 /* Adds a process: its lazy memory, the pid that the server knows, the other end of its fault connection, and what is
- * pending. `local` (sorted, present everywhere if nlocal is not 0) says which pages are in which of `fds`, by their
+ * pending. `local` (sorted, present everywhere) says which pages are in which of `fds`, by their
  * `layer`; the others come from the connection. All but `z` and the descriptors is copied. 0 or errno. */
 int lm_pull_add(lm_pull *p, lm_lazy *z, uint32_t pid, int faults, const lm_range *pending, uint64_t n,
 		const lm_piece *local, uint64_t nlocal, const int *fds, uint32_t nfds);

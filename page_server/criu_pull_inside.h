@@ -70,6 +70,8 @@ int lm_pull_receive(lm_pull *p);
 void lm_pull_again(lm_pull *p, lm_pull_task *t, uint64_t addr, uint64_t pages);
 /* Takes pages out of `todo`; how many were in it. */
 uint64_t lm_pull_claim(lm_pull *p, lm_pull_task *t, uint64_t page, uint64_t n);
+/* How many of these pages are in images, or are not, like the first one. */
+uint64_t lm_pull_span(const lm_pull_task *t, uint64_t addr, uint64_t pages, bool *local);
 /* Reads pages from images and places them. The number of pages; 0 when they are not there. */
 uint64_t lm_pull_local(lm_pull *p, lm_pull_task *t, uint64_t addr, uint64_t pages, int *err);
 

@@ -20,6 +20,19 @@ static uint64_t find(const lm_pull_task *t, uint64_t addr)
 	return low;
 }
 
+uint64_t lm_pull_span(const lm_pull_task *t, uint64_t addr, uint64_t pages, bool *local)
+{
+	uint64_t i = find(t, addr), end = addr + pages * LM_PAGE, at;
+
+	*local = i < t->nlocal && t->local[i].start <= addr;
+	if (!*local)
+		at = i < t->nlocal ? t->local[i].start : end;
+	else
+		for (at = addr; i < t->nlocal && at < end && t->local[i].start <= at; i++)
+			at = t->local[i].end;
+	return at < end ? (at - addr) / LM_PAGE : pages;
+}
+
 uint64_t lm_pull_local(lm_pull *p, lm_pull_task *t, uint64_t addr, uint64_t pages, int *err)
 {
 	uint64_t i = find(t, addr), want, got = 0;
