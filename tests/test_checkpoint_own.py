@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from checkpoint_kit import PORT, command, dump, ok, restore, serving
+from checkpoint_kit import PORT, command, dump, ok, restore, serving, works
 from harness import PROGRAMS, Snapshot, Watched, appended, goes_on, judge, settled, untouched, wait_for
 
 from lazymig.demo.moves import Command
@@ -41,10 +41,9 @@ def test_a_program_with_everything(two_hosts, tmp_path, images, options):
     lines = appended(tmp_path / "log")
     before = tree(images)
     restore(destination, program, images, *options)
-    goes_on(program)
+    works(program)
     wait_for("more lines", lambda: appended(tmp_path / "log") > lines)
     assert tree(images) == before
-    judge(program.finish())
 
 
 def test_one_of_each_descriptor(two_hosts, tmp_path, images):
@@ -123,6 +122,21 @@ def test_pages_that_stay_at_the_source(two_hosts, tmp_path, images):
         assert final["pages"]["served"] >= done.final["pages"]["lazy"]
     assert not source.alive(program.pid)
     goes_on(program)
+
+
+def test_layers_and_pages_that_stay_at_the_source(two_hosts, tmp_path):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "64", "--pattern", "hot")
+    ok(command(source, "predump", program.pid, "-D", tmp_path / "0"))
+    ok(command(source, "predump", program.pid, "-D", tmp_path / "1", "--parent", "../0"))
+    with serving(source, program, tmp_path / "2", "--parent", "../1") as running:
+        done = restore(destination, program, tmp_path / "2", "--lazy", "--from", f"{source.address}:{PORT}")
+        final = running.until("done", 20)
+    # What the layers hold still was not fetched, nor read before the process ran.
+    assert final["pages"]["lazy"] <= final["pages"]["served"] < 6000
+    assert final["pages"]["in_parent"] > 8000
+    assert done.final["pages"]["lazy"] > 12000
+    goes_on(program, 0.1)
 
 
 def test_nobody_comes_for_the_pages(two_hosts, tmp_path, images):
