@@ -92,17 +92,12 @@ static bool may_be_placed(lm_receiver *r, lm_lazy *lazy)
 
 static int place_lazy(lm_receiver *r, lm_lazy *lazy, const uint8_t *data)
 {
+	lm_range range[LM_MAX_RANGES];
 	uint32_t i;
-	int err;
 
-	for (i = 0; i < r->head.n_ranges; i++) {
-		err = lm_lazy_place(lazy, r->ranges[i].addr, r->ranges[i].npages, data);
-		if (err)
-			return err;
-		if (data)
-			data += r->ranges[i].npages * LM_PAGE;
-	}
-	return 0;
+	for (i = 0; i < r->head.n_ranges; i++)
+		range[i] = (lm_range){r->ranges[i].addr, r->ranges[i].addr + r->ranges[i].npages * LM_PAGE};
+	return lm_lazy_place_ranges(lazy, range, r->head.n_ranges, data);
 }
 
 int lm_receiver_place(lm_receiver *r, const uint8_t *raw)

@@ -190,6 +190,8 @@ static size_t claim(lm_source *s, uint64_t *cursor, lm_range *r)
 	return n;
 }
 
+_Static_assert(PUSH_PAGES <= LM_BATCH_PAGES, "a push frame is one batch");
+
 int lm_source_push(lm_source *s, lm_bulk *b, uint32_t seq, uint32_t turn, uint32_t turns)
 {
 	uint64_t cursor = s->index.pages / turns * turn;

@@ -20,6 +20,7 @@ from page_server.threads import link_error, run_loop
 
 # Present or swapped, but not the kernel's zero page, which is as good as absent.
 _THERE = Query(inverted=PFNZERO, mask=PFNZERO, anyof=PRESENT | SWAPPED, returned=PRESENT)
+_LONG = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +116,16 @@ class PageSource:
         await run_loop(work, sender.cancel)
 
     def _there(self, pending: RangeSet) -> RangeSet:
-        """What of ``pending`` holds anything; all of it, where the kernel cannot tell (the bytes will)."""
+        """What of ``pending`` holds anything, or is so short that looking costs more than reading it.
+
+        All of it, where the kernel cannot tell (the bytes will).
+        """
+        long = RangeSet.of(r for r in pending if r[1] - r[0] >= _LONG)
+        if not long:
+            return pending
         pagemap = Pagemap(self.pid)
         try:
-            return pagemap.scan(_THERE, pending).select() & pending
+            return (pending - long) | (pagemap.scan(_THERE, long).select() & long)
         except SyscallError as error:
             if error.errno not in (errno.ENOTTY, errno.EINVAL):
                 raise

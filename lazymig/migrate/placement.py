@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from collections.abc import Iterable
 
+from lazymig.arch import SYS
+from lazymig.process import calls
+
 _BACKGROUND = 10  # nice value of threads that move pages nobody waits for
+_SHORT_SLICE_NS = 100_000  # the shortest that there is
+_ATTR = struct.Struct("<IIQiIQQQ")  # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
 _FREEZE = -10  # and of the threads that work while a process stands still
 _allowed = os.sched_getaffinity(0)
 
@@ -60,9 +66,14 @@ def make_way() -> None:
 
 
 def give_way(thread: int | None) -> None:
-    """Makes a thread of ours come after the processes that do the work of this host."""
+    """Makes a thread of ours come after the processes that do the work of this host.
+
+    A nice value alone does not: the scheduler lets a running thread finish its time slice (3 ms) before one that
+    wakes up, so the slice is made short as well (Linux 6.12; without effect before).
+    """
+    attr = bytearray(_ATTR.pack(_ATTR.size, 0, 0, _BACKGROUND, 0, _SHORT_SLICE_NS, 0, 0))
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread or 0, _BACKGROUND)
+        calls.syscall(SYS.sched_setattr, thread or 0, calls.address(attr), 0)
 
 
 def anywhere() -> None:

@@ -3,6 +3,9 @@
 A *copy* round sends the pages written since the last scan. A *punch* round only drops them at the destination,
 to be lazy there: five times cheaper a page, so it converges deeper before the freeze. Hybrid migrations copy
 while that shrinks the dirty set, then punch while that still does, then freeze.
+
+Where the process writes about as fast as rounds can follow, a *brake* holds it up for a share of the time: slowed
+now it can still be given up, and it is stalled for the less time after the switch.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from lazymig.migrate.options import Mode
 
 SMALL_PAGES = 512  # 2 MiB: no further round makes the freeze shorter than its fixed costs
 MAX_PUNCH_ROUNDS = 4
-_SHRINK_COPY = 0.7  # go on copying while a round leaves less than this of the one before
+BRAKES = (0.0, 0.4, 0.6)  # shares of the time
+_SHRINK_COPY = 0.9  # go on copying while a round leaves less than this of the one before
+_SHRINK_WELL = 0.6  # and brake harder when it does not leave less than this
 _SHRINK_PUNCH = 0.6
 # Costs in the freeze, in milliseconds, for the estimate that people see; measured in bench/.
 _BASE_MS = 3.0
@@ -57,6 +62,13 @@ class Policy:
     max_downtime_ms: float
     copied: list[int] = field(default_factory=list)  # pages of the copy rounds so far
     punched: list[int] = field(default_factory=list)
+    may_brake: bool = True
+    _brake: int = 0
+
+    @property
+    def brake(self) -> float:
+        """For which share of the next copy round the process is to stand still."""
+        return BRAKES[self._brake]
 
     def estimate_ms(self, pages: int) -> float:
         """Expected downtime when the freeze finds ``pages`` dirty."""
@@ -78,12 +90,20 @@ class Policy:
             return Action.COPY
         if self.mode is Mode.HYBRID:
             if self.punched:
-                more = pages > SMALL_PAGES // 4 and pages < self.punched[-1] * _SHRINK_PUNCH
+                # The first one follows a long copy round and comes with preparations: it says little of the next.
+                shrinks = len(self.punched) == 1 or pages < self.punched[-1] * _SHRINK_PUNCH
+                more = pages > SMALL_PAGES // 4 and shrinks
                 return Action.PUNCH if more and len(self.punched) < MAX_PUNCH_ROUNDS else Action.FREEZE
-            if done < self.max_rounds and pages > SMALL_PAGES and pages < self.copied[-1] * _SHRINK_COPY:
+            if done < self.max_rounds and pages > SMALL_PAGES and self._converges(pages):
                 return Action.COPY
             return Action.PUNCH if pages > SMALL_PAGES // 4 else Action.FREEZE
-        enough = self.estimate_ms(pages) <= self.max_downtime_ms
-        if enough or done >= self.max_rounds or (done > 2 and pages >= self.copied[-1] * 0.95):
+        if self.estimate_ms(pages) <= self.max_downtime_ms or done >= self.max_rounds:
             return Action.FREEZE
-        return Action.COPY
+        return Action.COPY if self._converges(pages) or done <= 2 else Action.FREEZE
+
+    def _converges(self, pages: int) -> bool:
+        """Whether a further copy round would leave clearly less; brakes harder where that is wanting."""
+        if self.may_brake and pages > self.copied[-1] * _SHRINK_WELL and self._brake < len(BRAKES) - 1:
+            self._brake += 1
+            return True
+        return pages < self.copied[-1] * _SHRINK_COPY

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from lazymig.errors import (
 )
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
+from lazymig.migrate.brake import Brake
 from lazymig.migrate.capture import Capture, capture, rehearse
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
@@ -51,6 +53,7 @@ _THAW_S = 0.01
 _PASSING = {"fd-content"}  # reasons that a process that runs on removes by itself
 _FEW = 4 << 20  # bytes that may be sent in the freeze without a thread
 _ASK_AGAIN_S = 60.0
+_LOOK_AGAIN_S = 1.0
 
 
 class SourceMigration:
@@ -74,6 +77,7 @@ class SourceMigration:
         self._punched = RangeSet()  # of those, what the destination has dropped already
         self._gone = RangeSet()  # to be dropped there with the freeze's scan
         self._seq = 0
+        self._looked = 0.0  # at the flags of VMAs, last
         self._started = time.monotonic()
         self._steps: dict[str, float] = {}
         self._bulk_bytes = 0
@@ -99,6 +103,7 @@ class SourceMigration:
     async def run(self) -> Event:
         """Moves the process; the final event. Raises LazymigError, RefusedError among them."""
         self.target = Target(self.options.pid)
+        self.brake = Brake(self.target)
         try:
             with self.cancel_scope:
                 return await self._run()
@@ -198,10 +203,14 @@ class SourceMigration:
             await trio.lowlevel.checkpoint()
             started = time.monotonic()
             try:
-                # Advice and locks show in no quick snapshot, so copy rounds look again; punch rounds are in a hurry.
-                self.target.refresh_layout(with_flags=True, anew=not self.policy.punched)
+                # Advice, locks and pages that are gone show in no quick look; a thorough one walks all pages.
+                look_again = not self.policy.punched and started - self._looked > _LOOK_AGAIN_S
+                self._looked = started if look_again else self._looked
+                self.target.refresh_layout(with_flags=True, anew=look_again)
                 assert self.target.tracker is not None
-                dirty = self.target.tracker.round(self.target.mapped(), self.target.paused)
+                dirty = self.target.tracker.round(
+                    self.target.mapped(), self.target.paused, quick=not look_again
+                )
             except (SyscallError, ProcessGoneError) as e:
                 if not self._exec_happened(e):
                     raise
@@ -240,8 +249,6 @@ class SourceMigration:
                 await self._punch(lazy | dirty.gone)
                 self._lazy = self._lazy | lazy
                 self._punched = self._punched | lazy
-                if len(self.policy.punched) == 1:
-                    rehearse()  # once more: the rounds' pages have washed its code and data out of the caches
             self._record(action, fresh.pages, started)
 
     async def _from_parent(self, pages: RangeSet) -> RangeSet:
@@ -283,9 +290,18 @@ class SourceMigration:
         self._seq += 1
         parts = classify(self.target.layout, pages)
         await self.links.control.send({"t": "round", "seq": self._seq}, gone.to_bytes())
-        await self._send_parts(self._seq, parts)
-        with trio.fail_after(_REPLY_TIMEOUT_S + pages.size / 1e6):
-            await self.links.control.expect("round-done")
+        async with self._braked():
+            await self._send_parts(self._seq, parts)
+            with trio.fail_after(_REPLY_TIMEOUT_S + pages.size / 1e6):
+                await self.links.control.expect("round-done")
+
+    @asynccontextmanager
+    async def _braked(self) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            if self.policy.brake:
+                nursery.start_soon(self.brake.hold, self.policy.brake)
+            yield
+            nursery.cancel_scope.cancel()
 
     async def _send_parts(self, seq: int, parts: list[tuple[RangeSet, int]]) -> None:
         shares = _share(parts, len(self.senders))
@@ -303,9 +319,12 @@ class SourceMigration:
         self._owed = self._owed | stats.skipped
 
     async def _punch(self, pages: RangeSet) -> None:
-        await self.links.control.send({"t": "drop"}, pages.to_bytes())
-        with trio.fail_after(_REPLY_TIMEOUT_S):
-            await self.links.control.expect("dropped")
+        async with self._braked():
+            await self.links.control.send({"t": "drop"}, pages.to_bytes())
+            if len(self.policy.punched) == 1:
+                rehearse()  # once more: the rounds' pages have washed its code and data out of the caches
+            with trio.fail_after(_REPLY_TIMEOUT_S):
+                await self.links.control.expect("dropped")
 
     async def _drop_last(self, pages: RangeSet, gone: RangeSet) -> None:
         """Has the pages of the last scan dropped while this host stops the process: nobody waits for the answer."""

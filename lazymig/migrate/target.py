@@ -161,8 +161,11 @@ class Target:
     def let_run(self) -> None:
         """Lets the stopped process go on as if nothing had been; no effect on a running one."""
         stopped, self._stopped = self._stopped, None
-        if stopped is None:
-            return
+        if stopped is not None:
+            self._release(stopped)
+
+    @staticmethod
+    def _release(stopped: Stopped) -> None:
         for t in stopped.threads:
             try:
                 regs = source_registers(t, stopped.due(t))
@@ -222,6 +225,27 @@ class Target:
             os.kill(self.pid, 9)
         except ProcessLookupError:
             return
+
+    @contextlib.contextmanager
+    def some_stopped(self, tids: Sequence[int]) -> Iterator[None]:
+        """Holds these threads up for as long as the context lasts; those that have ended do not matter."""
+        stopped: list[ThreadState] = []
+        options = ptrace.O_SUSPEND_SECCOMP if tids and self._has_seccomp() else 0
+        try:
+            for tid in tids:
+                try:
+                    ptrace.seize(tid, options)
+                except (SyscallError, ProcessGoneError):
+                    continue
+                try:
+                    ptrace.stop_seized(tid, _STOP_NS)
+                    stopped.append(self._remember_call(ptrace.read_thread(tid)))
+                except BaseException:
+                    ptrace.detach_all([tid])
+                    raise
+            yield
+        finally:
+            self._release(Stopped(stopped))
 
     # ---- memory
 

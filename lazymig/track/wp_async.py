@@ -26,6 +26,8 @@ _ROUND = Query(
     anyof=pm.PRESENT | pm.SWAPPED,
     returned=pm.PRESENT | pm.SWAPPED | pm.FILE | pm.PFNZERO | pm.GUARD,
 )
+# The same on the kernel's fast path, ten times quicker. Holes count as written and get marks, which cost page tables.
+_QUICK_ROUND = Query(flags=pm.SCAN_WP_MATCHING | pm.SCAN_CHECK_WPASYNC, mask=pm.WRITTEN, returned=pm.WRITTEN)
 # Memory seen for the first time: whatever is there.
 _FIRST = Query(
     flags=pm.SCAN_WP_MATCHING | pm.SCAN_CHECK_WPASYNC,
@@ -36,8 +38,8 @@ _EVERYTHING = Query(
     anyof=pm.PRESENT | pm.SWAPPED,
     returned=pm.PRESENT | pm.SWAPPED | pm.FILE | pm.PFNZERO | pm.GUARD,
 )
-_HOLES = Query(inverted=pm.PRESENT | pm.SWAPPED, mask=pm.PRESENT | pm.SWAPPED, returned=0)
-_ZERO = Query(mask=pm.PFNZERO, returned=pm.PFNZERO)
+# Not there, or the zero page. What is swapped out is not there either, and to be taken out of the answer.
+_HOLES = Query(inverted=pm.PRESENT, anyof=pm.PRESENT | pm.PFNZERO, returned=pm.SWAPPED)
 _OF_FILE = Query(mask=pm.FILE, returned=pm.FILE)  # a private copy that was dropped: the file shows again
 # A copy that was swapped out, or dropped: the kernel leaves a marker there, which scans cannot tell from a swapped
 # page, and which does not count as written (zap_pte_range keeps the write protection of file mappings).
@@ -50,6 +52,7 @@ _FINAL_SLOW = replace(_ROUND, flags=pm.SCAN_CHECK_WPASYNC)
 
 
 _LONG_RUN = 1 << 20  # bytes
+_LARGE, _DENSE = 16 << 20, 0.9  # bytes; the share that is there
 
 
 @dataclass(slots=True)
@@ -100,16 +103,22 @@ class WpAsyncTracker:
         self.uffd.close()
         self.pagemap.close()
 
-    def round(self, now: Mapped, paused: Paused) -> Dirty:
+    def round(self, now: Mapped, paused: Paused, *, quick: bool = False) -> Dirty:
         """One live round: finds and re-arms what was written since the last one.
 
+        A ``quick`` one does not look for pages that are gone: the next round that does, or the freeze's scan, finds
+        them. And where memory is mostly there, ``pages`` may hold some that are not: they are served as zero.
         New memory is registered while the process is ``paused``, which gives the layout as it then is. A
         registration by an older layout could split a mapping that has grown meanwhile, and the process's next
         mremap of the whole would fail. Raises SyscallError ESRCH when the address space is gone, e.g. by exec.
         """
         known = self.registered & now.all
-        found, lost = self.pagemap.scan_each(_ROUND, _vma_pieces(known, now.vmas))
+        dense = self._dense(known & now.memory, now.vmas) if quick else RangeSet()
+        found, lost = self.pagemap.scan_each(_ROUND, _vma_pieces(known - dense, now.vmas))
         dirty = self._content(found, now)
+        if dense:
+            found, also_lost = self.pagemap.scan_each(_QUICK_ROUND, _vma_pieces(dense, now.vmas))
+            dirty, lost = dirty | found.select(), lost | also_lost
         fresh, failed = now.all - (known - lost), RangeSet()
         if fresh:
             with paused() as now:
@@ -123,7 +132,7 @@ class WpAsyncTracker:
         self.registered = now.all - untracked
         if untracked:
             dirty = dirty | self._content(self.pagemap.scan(_EVERYTHING, untracked), now)
-        return self._settle(dirty, fresh, now)
+        return self._settle(dirty, fresh, now, looked_at=RangeSet() if quick else None)
 
     def final(self, now: Mapped, eager_kinds: RangeSet) -> Dirty:
         """The freeze's scan, with all threads stopped; protects nothing.
@@ -159,6 +168,15 @@ class WpAsyncTracker:
         return (written - long) | there, (long - there) & self.held
 
     # ---- parts
+
+    def _dense(self, known: RangeSet, vmas: list[tuple[int, int]]) -> RangeSet:
+        """The pieces of ``known`` that the destination holds nearly all of: there are hardly any holes in them."""
+        pieces = (
+            (piece, RangeSet.of([piece]))
+            for piece in _vma_pieces(known, vmas)
+            if piece[1] - piece[0] >= _LARGE
+        )
+        return RangeSet.of(piece for piece, span in pieces if (self.held & span).size > _DENSE * span.size)
 
     def _register(self, fresh: RangeSet, now: Mapped) -> RangeSet:
         """Registers memory for tracking; returns what the kernel does not register."""
@@ -198,11 +216,7 @@ class WpAsyncTracker:
         looked = self.held if looked_at is None else self.held & looked_at
         private = looked - now.shared
         dirty = dirty | self.doubtful(private & now.files)
-        gone = (
-            self._where(_HOLES, private)
-            | self._where(_ZERO, private)
-            | self._where(_OF_FILE, private & now.files)
-        )
+        gone = self._where(_HOLES, private, without=pm.SWAPPED) | self._where(_OF_FILE, private & now.files)
         gone = (gone | (self.held & fresh) | ((looked & now.shared) - now.used)) - dirty
         self.held = (self.held - gone) | dirty
         return Dirty(dirty, gone, fresh)
@@ -211,8 +225,8 @@ class WpAsyncTracker:
         """Pages of private file mappings that no mark tells of: what they hold is known when they are read."""
         return self._where(_SWAPPED, files)
 
-    def _where(self, query: Query, within: RangeSet) -> RangeSet:
-        return self.pagemap.scan(query, within).select() if within else RangeSet()
+    def _where(self, query: Query, within: RangeSet, without: int = 0) -> RangeSet:
+        return self.pagemap.scan(query, within).select(0, without) if within else RangeSet()
 
 
 def guard_pages(pagemap: Pagemap, within: RangeSet) -> RangeSet:

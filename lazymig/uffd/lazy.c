@@ -232,32 +232,57 @@ static void pause_a_little(unsigned int tries)
 		nanosleep(&t, NULL);
 }
 
-static int place(lm_lazy *z, uint64_t addr, uint64_t pages, const uint8_t *data, bool fault)
+/* Places up to STEP pages of the ranges from (*i, *at) on, all under one lock, and moves that position on. Pages of
+ * data come one after another. False when an event has to be read first; `placed` is of the step that is not done. */
+static bool place_some(lm_lazy *z, const lm_range *r, uint64_t n, uint64_t *i, uint64_t *at, const uint8_t **data,
+		       bool fault, uint64_t *placed, int *err)
 {
-	uint64_t placed = 0, *count = fault ? &z->stats.received : &z->stats.pushed;
+	uint64_t left = STEP, *count = *data ? fault ? &z->stats.received : &z->stats.pushed : &z->stats.zeroed;
+
+	while (*i < n && left) {
+		uint64_t addr = r[*i].start + *at, some = (r[*i].end - addr) / LM_PAGE, run = 0;
+		uint64_t page = lm_index_of(&z->index, addr, &run);
+
+		if (page == LM_NO_PAGE) {
+			*err = EPROTO;
+			return true;
+		}
+		if (some > run)
+			some = run;
+		if (*data && some > left)
+			some = left;
+		if (!lm_place_step(z, page, addr, some, *data, placed))
+			return false;
+		*count += *placed;
+		z->stats.duplicates += *placed < some ? some - *placed : 0;
+		*placed = 0;
+		left -= some < left ? some : left;
+		if (*data)
+			*data += some * LM_PAGE;
+		*at += some * LM_PAGE;
+		if (r[*i].start + *at == r[*i].end) {
+			++*i;
+			*at = 0;
+		}
+	}
+	return true;
+}
+
+static int place(lm_lazy *z, const lm_range *r, uint64_t n, const uint8_t *data, bool fault)
+{
+	uint64_t placed = 0, i = 0, at = 0;
 	unsigned int tries = 0;
 	int err = 0;
 
-	while (pages && !err) {
-		uint64_t run = 0, page, n = pages;
+	while (i < n && !err) {
 		bool done;
 
 		if (fault)
 			lm_lock_fault(z);
 		else
 			lm_lock_bulk(z);
-		page = lm_index_of(&z->index, addr, &run);
-		if (n > run)
-			n = run;
-		if (data && n > STEP)
-			n = STEP;
-		done = page != LM_NO_PAGE && lm_place_step(z, page, addr, n, data, &placed);
-		if (done) {
-			*(data ? count : &z->stats.zeroed) += placed;
-			z->stats.duplicates += placed < n ? n - placed : 0;
-		} else if (page == LM_NO_PAGE) {
-			err = EPROTO;
-		} else {
+		done = place_some(z, r, n, &i, &at, &data, fault, &placed, &err);
+		if (!done) {
 			lm_read_events(z, -1);
 			lm_retry_deferred(z);
 		}
@@ -269,16 +294,10 @@ static int place(lm_lazy *z, uint64_t addr, uint64_t pages, const uint8_t *data,
 			lm_unlock_fault(z);
 		else
 			lm_unlock_bulk(z);
-		if (!done) {
+		if (done)
+			tries = 0;
+		else
 			pause_a_little(tries++);
-			continue;
-		}
-		tries = 0;
-		placed = 0;
-		pages -= n;
-		addr += n * LM_PAGE;
-		if (data)
-			data += n * LM_PAGE;
 	}
 	return err;
 }
@@ -290,9 +309,17 @@ int lm_lazy_covers(lm_lazy *z, uint64_t addr, uint64_t pages)
 
 int lm_lazy_place(lm_lazy *z, uint64_t addr, uint64_t pages, const uint8_t *data)
 {
-	if (!lm_index_covers(&z->index, addr, pages))
-		return EPROTO;
-	return place(z, addr, pages, data, false);
+	return lm_lazy_place_ranges(z, &(lm_range){addr, addr + pages * LM_PAGE}, 1, data);
+}
+
+int lm_lazy_place_ranges(lm_lazy *z, const lm_range *r, uint64_t n, const uint8_t *data)
+{
+	uint64_t i;
+
+	for (i = 0; i < n; i++)
+		if (!lm_index_covers(&z->index, r[i].start, (r[i].end - r[i].start) / LM_PAGE))
+			return EPROTO;
+	return place(z, r, n, data, false);
 }
 
 /* Takes one whole reply out of the buffer: its size, 0 if it is not all there; err EPROTO if it cannot be one. */
@@ -300,6 +327,7 @@ static size_t take_reply(lm_lazy *z, const uint8_t *in, size_t n, int *err)
 {
 	lm_fault_head head;
 	size_t size = sizeof(head);
+	lm_range range;
 
 	if (n < size)
 		return 0;
@@ -313,7 +341,8 @@ static size_t take_reply(lm_lazy *z, const uint8_t *in, size_t n, int *err)
 		size += head.npages * LM_PAGE;
 	if (n < size)
 		return 0;
-	*err = place(z, head.addr, head.npages, head.flags & LM_FAULT_ZERO ? NULL : in + sizeof(head), true);
+	range = (lm_range){head.addr, head.addr + head.npages * LM_PAGE};
+	*err = place(z, &range, 1, head.flags & LM_FAULT_ZERO ? NULL : in + sizeof(head), true);
 	return size;
 }
 

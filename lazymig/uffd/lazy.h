@@ -52,6 +52,8 @@ int lm_lazy_covers(lm_lazy *z, uint64_t addr, uint64_t pages);
 /* Places pages that arrived on a bulk connection wherever they are pending (data NULL: they are zero).
  * EPROTO: not pages of this memory. */
 int lm_lazy_place(lm_lazy *z, uint64_t addr, uint64_t pages, const uint8_t *data);
+/* The same for the pages of n ranges, one after another in `data`. */
+int lm_lazy_place_ranges(lm_lazy *z, const lm_range *r, uint64_t n, const uint8_t *data);
 /* The pages pending in any space, by source address; returns how many ranges there are, writing up to `room`. */
 uint64_t lm_lazy_pending(lm_lazy *z, lm_range *out, uint64_t room);
 /* How many pages in a row from *addr on are pending in some space, all below `end`; *addr is moved to the first such
