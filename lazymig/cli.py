@@ -198,6 +198,13 @@ def lazy_pages(
     help="Freeze after so many rounds whatever the estimate.",
 )
 @click.option(
+    "--brake/--no-brake",
+    default=True,
+    show_default=True,
+    help="Hold the process up for a share of the time when it writes faster than rounds can follow: slower now, "
+    "but stalled for less time after the switch.",
+)
+@click.option(
     "--bandwidth-limit",
     callback=SIZE,
     metavar="SIZE",
@@ -236,6 +243,7 @@ def migrate(
     mode: str,
     max_downtime: float,
     max_rounds: int,
+    brake: bool,
     bandwidth_limit: int | None,
     dry_run: bool,
     stdio: str,
@@ -262,6 +270,7 @@ def migrate(
             mode=opt.Mode(mode),
             max_downtime_ms=max_downtime,
             max_rounds=max_rounds,
+            brake=brake,
             bandwidth_limit=bandwidth_limit,
             dry_run=dry_run,
             stdio=stdio_choice,

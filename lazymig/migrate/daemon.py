@@ -230,17 +230,18 @@ async def _work(control: socket.socket, data: socket.socket, meta: dict[str, str
 def run_daemon(options: DaemonOptions, on_event: Callable[[Event], None]) -> None:
     """Runs the daemon until SIGINT or SIGTERM. Raises LazymigError when it cannot listen."""
     spawner = Spawner(worker)
-
-    def stop(_sig: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
     try:
-        trio.run(Daemon(spawner, on_event).serve, options)
+        trio.run(_until_told, Daemon(spawner, on_event), options)
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+        raise first_error(group) from None
     finally:
         spawner.close()
+
+
+async def _until_told(daemon: Daemon, options: DaemonOptions) -> None:
+    # The handlers are there before anybody is told that the daemon listens, and end it at a place of its own choice.
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(daemon.serve, options)
+            async for _ in signals:
+                nursery.cancel_scope.cancel()

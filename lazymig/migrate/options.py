@@ -58,6 +58,7 @@ class MigrateOptions:
     mode: Mode = Mode.HYBRID
     max_downtime_ms: float = DEFAULT_MAX_DOWNTIME_MS  # freeze when the estimate is below
     max_rounds: int = DEFAULT_MAX_ROUNDS  # freeze after so many in any case
+    brake: bool = True  # slow a process that writes faster than rounds can follow
     bandwidth_limit: int | None = None  # bytes per second of bulk data; None: as fast as it goes
     dry_run: bool = False  # preflight only
     stdio: Stdio = Stdio.REFUSE

@@ -16,7 +16,9 @@ from lazymig.process import calls
 
 _BACKGROUND = 10  # nice value of threads that move pages nobody waits for
 _SHORT_SLICE_NS = 100_000  # the shortest that there is
-_ATTR = struct.Struct("<IIQiIQQQ")  # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
+_ATTR = struct.Struct(
+    "<IIQiIQQQ"
+)  # struct sched_attr: size, policy, flags, nice, priority, runtime, deadline, period
 _FREEZE = -10  # and of the threads that work while a process stands still
 _allowed = os.sched_getaffinity(0)
 

@@ -65,7 +65,9 @@ class SourceMigration:
         self.machine = Machine("source", Source.PREFLIGHT, SOURCE_TRANSITIONS)
         self.cancel_scope = trio.CancelScope()
         self.cancelled = False
-        self.policy = Policy(options.mode, options.max_rounds, options.max_downtime_ms)
+        self.policy = Policy(
+            options.mode, options.max_rounds, options.max_downtime_ms, may_brake=options.brake
+        )
         self.records: list[RoundRecord] = []
         self.target: Target
         self.links: Links
