@@ -39,8 +39,9 @@ lm_pull *lm_pull_new(int sock, int wide, lm_pull_record *record)
 	p->record = record ? record : &p->own;
 	p->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	p->buffer = aligned_alloc(LM_PAGE, LM_PULL_BUFFER);
+	p->from_images = aligned_alloc(LM_PAGE, LM_PULL_BUFFER);
 	lm_flow_init(&p->flow);
-	if (p->wake < 0 || !p->buffer) {
+	if (p->wake < 0 || !p->buffer || !p->from_images) {
 		lm_pull_free(p);
 		return NULL;
 	}
@@ -65,6 +66,7 @@ void lm_pull_free(lm_pull *p)
 		close(p->wake);
 	free(p->task);
 	free(p->buffer);
+	free(p->from_images);
 	free(p);
 }
 

@@ -54,7 +54,7 @@ struct lm_pull {
 	uint64_t placed;                      /* pages of the reply that is due that were placed or thrown away */
 	uint64_t taken;                       /* bytes of that reply's pages */
 	size_t have;                          /* bytes in the buffer */
-	uint8_t *buffer;
+	uint8_t *buffer, *from_images; /* each of LM_PULL_BUFFER bytes; the first may hold part of a page */
 	struct {
 		_Atomic uint64_t remote, local, requests, urgent, left, window, rate, round_trip;
 	} stats;

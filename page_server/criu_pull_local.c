@@ -45,7 +45,7 @@ uint64_t lm_pull_local(lm_pull *p, lm_pull_task *t, uint64_t addr, uint64_t page
 	if (want > LM_PULL_BUFFER)
 		want = LM_PULL_BUFFER;
 	while (got < want) {
-		ssize_t n = pread(t->fds[piece->layer], p->buffer + got, want - got,
+		ssize_t n = pread(t->fds[piece->layer], p->from_images + got, want - got,
 				  (off_t)(piece->offset + (addr - piece->start) + got));
 
 		if (n < 0 && errno == EINTR)
@@ -56,7 +56,7 @@ uint64_t lm_pull_local(lm_pull *p, lm_pull_task *t, uint64_t addr, uint64_t page
 		}
 		got += (uint64_t)n;
 	}
-	*err = lm_lazy_place(t->z, addr, want / LM_PAGE, p->buffer);
+	*err = lm_lazy_place(t->z, addr, want / LM_PAGE, p->from_images);
 	if (*err == ECANCELED)
 		*err = 0;
 	p->stats.local += want / LM_PAGE;
