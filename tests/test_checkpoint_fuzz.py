@@ -48,10 +48,16 @@ def changed(images, tmp, name, data):
     return tmp
 
 
-def test_a_sound_directory_loads(images):
-    require_sound(images)
-    loaded = load(images)
+def looked_at(directory):
+    """What a restore does before it makes a process."""
+    require_sound(directory)
+    loaded = load(directory)
     required(loaded)
+    return loaded
+
+
+def test_a_sound_directory_loads(images):
+    loaded = looked_at(images)
     assert loaded.pages.pages > 200
     assert len(loaded.capture.threads) >= 2
     assert loaded.space.objects
@@ -79,9 +85,7 @@ def test_changed_bytes(images, tmp_path, data):
             content += content[at:]
     directory = changed(images, tmp_path / "copy", name, bytes(content))
     try:
-        require_sound(directory)
-        loaded = load(directory)
-        required(loaded)
+        loaded = looked_at(directory)
     except LazymigError:
         return
     # What is taken for sound is what a skeleton can be made of.
@@ -181,3 +185,120 @@ def test_chains_of_filters_share_what_they_begin_with():
     rows[0].prev = 3
     with pytest.raises(LazymigError):
         chain_of(rows, lasts[2], "core-1.img")
+
+
+def cut(name, size=None):
+    """Shortens an image."""
+
+    def damage(directory):
+        path = next(directory.glob(name))
+        os.truncate(path, path.stat().st_size - 1 if size is None else size)
+        return path.name
+
+    return damage
+
+
+def drop(name, told=""):
+    """Removes an image; ``told``: what the error then says, if not its name."""
+
+    def damage(directory):
+        path = next(directory.glob(name))
+        path.unlink()
+        return told or path.name
+
+    return damage
+
+
+def swap(a, b):
+    """Puts one image in the place of another."""
+
+    def damage(directory):
+        shutil.copy(next(directory.glob(a)), path := next(directory.glob(b)))
+        return path.name
+
+    return damage
+
+
+def rewrite(name, message, change):
+    """Changes the only message of an image."""
+
+    def damage(directory):
+        from lazymig.images.framing import header, read_one
+        from lazymig.images.magic import parse_name
+
+        path = next(directory.glob(name))
+        entry = read_one(path, message())
+        change(entry)
+        data = entry.SerializeToString()
+        path.write_bytes(header(parse_name(path.name)[0]) + len(data).to_bytes(4, "little") + data)
+        return path.name
+
+    return damage
+
+
+def core():
+    from lazymig.pb import core_pb2
+
+    return core_pb2.core_entry
+
+
+def mm():
+    from lazymig.pb import mm_pb2
+
+    return mm_pb2.mm_entry
+
+
+def overlap(entry):
+    entry.vmas[1].start -= 4096
+
+
+def unknown_status(entry):
+    entry.vmas[1].status |= 1 << 25
+
+
+def system_v(entry):
+    entry.vmas[1].status |= 1 << 10
+
+
+def no_file(entry):
+    entry.vmas[0].shmid = 4711
+
+
+def arm(entry):
+    entry.mtype = 3
+
+
+def no_actions(entry):
+    del entry.tc.sigactions[:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut("inventory.img"),
+        cut("pages-1.img"),
+        cut("pagemap-*.img"),
+        cut("core-3000001.img"),
+        cut("files.img", 9),
+        cut("mm-*.img", 3),
+        drop("core-3000002.img"),
+        drop("mm-*.img"),
+        drop("files.img", "which is in no image"),
+        swap("fs-*.img", "mm-*.img"),
+        swap("pstree.img", "files.img"),
+        rewrite("mm-*.img", mm, overlap),
+        rewrite("mm-*.img", mm, unknown_status),
+        rewrite("mm-*.img", mm, system_v),
+        rewrite("mm-*.img", mm, no_file),
+        rewrite("core-3000001.img", core, arm),
+        rewrite("core-3000001.img", core, no_actions),
+    ],
+)
+def test_each_kind_of_bad_image_is_named(images, tmp_path, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(images, copy, symlinks=True)
+    name = damage(copy)
+    with pytest.raises(LazymigError) as e:
+        looked_at(copy)
+    assert e.value.code == "bad-image"
+    assert name in e.value.subject + e.value.message

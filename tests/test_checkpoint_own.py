@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -194,8 +193,9 @@ def test_a_filler_that_is_killed_leaves_threads_waiting(two_hosts, tmp_path, ima
 # ---- failures
 
 
-@pytest.mark.parametrize("step", ["captured", "pages", "commit"])
-@pytest.mark.parametrize("action", ["kill", "error"])
+@pytest.mark.parametrize(
+    ("step", "action"), [("captured", "kill"), ("pages", "error"), ("pages", "kill"), ("commit", "kill")]
+)
 def test_a_dump_that_fails_leaves_the_process_and_no_directory(two_hosts, tmp_path, images, step, action):
     source, _ = two_hosts
     program = Writer(source, tmp_path / "writer", "--mib", "2", "--threads", "1")
@@ -255,140 +255,17 @@ def test_what_cannot_be_dumped_is_refused(two_hosts, tmp_path, images):
         ok(command(source, "dump", program.pid, "-D", images, "--stdio", "null"))
 
 
-@pytest.fixture(scope="module")
-def dumped(tmp_path_factory):
-    """A sound dump, and a host to try to restore damaged copies of it on."""
-    from lazymig.demo.hosts import Host
-
-    tmp = tmp_path_factory.mktemp("dumped")
-    with Host("source", last_pid=10000) as source, Host("destination", last_pid=20000) as destination:
-        program = Writer(source, tmp / "writer", "--mib", "1", "--threads", "1")
-        dump(source, program, tmp / "images")
-        yield tmp / "images", program.pid, destination
-
-
-def cut(name, size=None):
-    """Shortens an image."""
-
-    def damage(directory):
-        path = next(directory.glob(name))
-        os.truncate(path, path.stat().st_size - 1 if size is None else size)
-        return path.name
-
-    return damage
-
-
-def drop(name, told=""):
-    """Removes an image; ``told``: what the error then says, if not its name."""
-
-    def damage(directory):
-        path = next(directory.glob(name))
-        path.unlink()
-        return told or path.name
-
-    return damage
-
-
-def swap(a, b):
-    """Puts one image in the place of another."""
-
-    def damage(directory):
-        shutil.copy(next(directory.glob(a)), path := next(directory.glob(b)))
-        return path.name
-
-    return damage
-
-
-def rewrite(name, message, change):
-    """Changes the only message of an image."""
-
-    def damage(directory):
-        from lazymig.images.framing import header, read_one
-        from lazymig.images.magic import parse_name
-
-        path = next(directory.glob(name))
-        entry = read_one(path, message())
-        change(entry)
-        data = entry.SerializeToString()
-        path.write_bytes(header(parse_name(path.name)[0]) + len(data).to_bytes(4, "little") + data)
-        return path.name
-
-    return damage
-
-
-def core():
-    from lazymig.pb import core_pb2
-
-    return core_pb2.core_entry
-
-
-def mm():
-    from lazymig.pb import mm_pb2
-
-    return mm_pb2.mm_entry
-
-
-def overlap(entry):
-    entry.vmas[1].start -= 4096
-
-
-def unknown_status(entry):
-    entry.vmas[1].status |= 1 << 25
-
-
-def system_v(entry):
-    entry.vmas[1].status |= 1 << 10
-
-
-def no_file(entry):
-    entry.vmas[0].shmid = 4711
-
-
-def arm(entry):
-    entry.mtype = 3
-
-
-def no_actions(entry):
-    del entry.tc.sigactions[:]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        cut("inventory.img"),
-        cut("pages-1.img"),
-        cut("pagemap-*.img"),
-        cut("core-*.img"),
-        cut("files.img", 9),
-        cut("mm-*.img", 3),
-        drop("core-*.img"),
-        drop("mm-*.img"),
-        drop("files.img", "which is in no image"),
-        swap("fs-*.img", "mm-*.img"),
-        swap("pstree.img", "files.img"),
-        rewrite("mm-*.img", mm, overlap),
-        rewrite("mm-*.img", mm, unknown_status),
-        rewrite("mm-*.img", mm, system_v),
-        rewrite("mm-*.img", mm, no_file),
-        rewrite("core-*.img", core, arm),
-        rewrite("core-*1.img", core, no_actions),
-    ],
-)
-def test_bad_images_are_refused_before_a_process_is_made(dumped, tmp_path, damage):
-    images, _, destination = dumped
-    copy = tmp_path / "copy"
-    shutil.copytree(images, copy, symlinks=True)
-    name = damage(copy)
-    done = command(destination, "restore", "-D", copy, fault="restore:skeleton:kill")
-    assert done.status == 1, f"{done.final} {done.errors}"
-    assert done.code == "bad-image"
-    assert name in done.subject + done.final["error"]["message"]
+@pytest.mark.parametrize("name", ["pages-1.img", "files.img"])
+def test_bad_images_are_refused_before_a_process_is_made(two_hosts, tmp_path, images, name):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "1")
+    dump(source, program, images)
+    whole = (images / name).read_bytes()
+    (images / name).write_bytes(whole[:-1])
+    done = command(destination, "restore", "-D", images, fault="restore:skeleton:kill")
+    assert (done.status, done.code) == (1, "bad-image")
+    assert name in done.subject
     settled(destination)
-
-
-def test_a_sound_copy_is_restored(dumped, tmp_path):
-    images, pid, destination = dumped
-    shutil.copytree(images, tmp_path / "copy", symlinks=True)
-    done = ok(command(destination, "restore", "-D", tmp_path / "copy"))
-    assert done.final["pid"] == pid
-    destination.kill(pid)
+    (images / name).write_bytes(whole)
+    restore(destination, program, images)
+    goes_on(program, 0.1)
