@@ -302,3 +302,43 @@ def test_each_kind_of_bad_image_is_named(images, tmp_path, damage):
         looked_at(copy)
     assert e.value.code == "bad-image"
     assert name in e.value.subject + e.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "told"),
+    [
+        ("PACKETSK", {}, "PACKETSK"),
+        ("TTY", {}, "TTY"),
+        ("INETSK", {"isk": {"type": 1, "state": 1}}, "established TCP"),
+        ("UNIXSK", {"usk": {"uflags": 1}}, "outside"),
+    ],
+)
+def test_descriptors_that_only_criu_restores(images, tmp_path, kind, body, told):
+    from lazymig.checkpoint.files_image import FilesImage
+    from lazymig.images.framing import write_image
+    from lazymig.pb import fdinfo_pb2
+
+    row = fdinfo_pb2.fdinfo_entry(id=1, flags=0, type=kind, fd=7)
+    entry = fdinfo_pb2.file_entry(id=1, type=kind)
+    for name, fields in body.items():
+        for field, value in fields.items():
+            setattr(getattr(entry, name), field, value)
+    while missing := entry.FindInitializationErrors():
+        for path in missing:
+            *parents, last = path.split(".")
+            message = entry
+            for parent in parents:
+                message = getattr(message, parent)
+                message.SetInParent()
+            if isinstance(getattr(message, last), (int, bytes)):
+                setattr(message, last, type(getattr(message, last))())
+            else:
+                getattr(message, last).SetInParent()
+    write_image(tmp_path / "files.img", entry)
+    write_image(tmp_path / "fdinfo-2.img", row)
+    with pytest.raises(LazymigError) as e:
+        FilesImage(tmp_path, 2, 4711)
+    assert e.value.code == "bad-image"
+    assert "fdinfo-2.img" in e.value.subject
+    assert "descriptor 7" in e.value.message
+    assert told in e.value.message

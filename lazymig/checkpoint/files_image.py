@@ -29,6 +29,8 @@ Images: TypeAlias = dict[str, list[Record]]  # file name -> records with the blo
 
 _PAGE = 4096
 _MAX_CONTENT = 1 << 30  # bytes of contents that are read into memory
+_STREAM, _ESTABLISHED = 1, 1  # SOCK_STREAM, TCP_ESTABLISHED
+_USK_EXTERN = 1  # of unix_sk_entry.uflags (criu/sk-unix.c)
 _MEMFD_DEV = 1  # major 0, minor 1: where CRIU tells of no device
 
 
@@ -120,7 +122,8 @@ class FilesImage:
                 )
             if entry.type != row.type or entry.id >= SPECIAL_ID:
                 raise self._bad(name, f"descriptor {row.fd} and its file {row.id} do not fit together")
-            kind_of_type(entry.type)
+            if what := _foreign(entry):
+                raise self._bad(name, f"descriptor {row.fd} cannot be restored: {what}")
             self.dump.fd.append(row)
 
     def _pipes(self) -> None:
@@ -193,6 +196,19 @@ def _mend(e: fdinfo_pb2.file_entry) -> None:
     t = e.tfd
     if e.HasField("tfd") and t.ticks and not (t.vsec or t.vnsec):
         t.vsec, t.vnsec = t.isec, t.insec
+
+
+def _foreign(e: fdinfo_pb2.file_entry) -> str:
+    """What is amiss with an open file, of which CRIU can make images and this program no file; else nothing."""
+    try:
+        kind_of_type(e.type)
+    except LazymigError:
+        return f"of a kind ({fdinfo_pb2.fd_types.Name(e.type)}) that is not known here"
+    if e.HasField("isk") and e.isk.type == _STREAM and e.isk.state == _ESTABLISHED and not e.isk.cut:
+        return "an established TCP connection"
+    if e.HasField("usk") and e.usk.uflags & _USK_EXTERN:
+        return "a unix socket whose other end is outside"
+    return ""
 
 
 def path_of(entries: Mapping[int, fdinfo_pb2.file_entry], ident: int, subject: str) -> str:
