@@ -176,6 +176,19 @@ def test_a_link_that_breaks_keeps_the_pages_and_another_takes_them(two_hosts, tm
     goes_on(program, 0.1)
 
 
+def test_a_lazy_restore_is_not_ended_by_the_keyboard(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "256")
+    dump(source, program, images)
+    with Command(destination, "restore", "-D", str(images), "--lazy", "--json") as running:
+        running.until("running", 20)
+        running.program.send_signal(signal.SIGINT)
+        running.until("done", 30)
+        assert running.program.wait(10) == 0
+    program.host = destination
+    goes_on(program, 0.1)
+
+
 def test_a_filler_that_is_killed_leaves_threads_waiting(two_hosts, tmp_path, images):
     source, destination = two_hosts
     program = Writer(source, tmp_path / "writer", "--mib", "256", "--pages-per-tick", "200")

@@ -6,12 +6,15 @@ none behind.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import trio
@@ -68,10 +71,11 @@ async def _restore(options: RestoreOptions, emit: Callable[[Event], None]) -> Ev
         emit({"event": "warning", "text": text})
     lazy = work.lazy.pages
     emit({"event": "running", "pid": loaded.pid, "ms": (running - started) * 1e3, "lazy_pages": lazy})
-    try:
-        stats = await work.fill()
-    except LazymigError as e:
-        return {"event": "failed", "error": e.to_wire(), "committed": True}
+    with _not_to_be_ended(emit):
+        try:
+            stats = await work.fill()
+        except LazymigError as e:
+            return {"event": "failed", "error": e.to_wire(), "committed": True}
     return {
         "event": "done",
         "pid": loaded.pid,
@@ -81,6 +85,23 @@ async def _restore(options: RestoreOptions, emit: Callable[[Event], None]) -> Ev
         "total_ms": (time.monotonic() - started) * 1e3,
         **stats,
     }
+
+
+@contextlib.contextmanager
+def _not_to_be_ended(emit: Callable[[Event], None]) -> Iterator[None]:
+    """For as long as pages are missing, Ctrl-C and SIGTERM only bring a warning."""
+
+    def stay(_sig: int, _frame: FrameType | None) -> None:
+        emit(
+            {"event": "warning", "text": "the process waits for its pages: this goes on until all are there"}
+        )
+
+    before = [(n, signal.signal(n, stay)) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 class Restore:
