@@ -256,6 +256,10 @@ def test_its_pid_is_taken(two_hosts, tmp_path, images):
     done = command(source, "restore", "-D", images)
     assert (done.status, done.code, done.subject) == (3, "pid-taken", f"pid {program.pid}")
     goes_on(program, 0.1)
+    program.program.kill()
+    wait_for("its end", lambda: not (source.proc / str(program.pid)).exists())
+    restore(source, program, images)
+    goes_on(program, 0.1)
 
 
 def test_what_cannot_be_dumped_is_refused(two_hosts, tmp_path, images):

@@ -7,9 +7,11 @@ and on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -47,6 +49,7 @@ from page_server.wire import FORCE
 
 Event = dict[str, Any]
 
+_WALL = 0x40000000  # waitpid(2): threads too
 _CONTENT = 1 << 30  # bytes of contents without a file name, which go through memory
 _TASK_IDS = 2  # of the task's memory, descriptors, directories and signal handlers; 1 are those of who dumps
 _NAMESPACES = ("pid", "net", "ipc", "uts", "time", "mnt", "user", "cgroup")  # CRIU's order of numbers
@@ -74,6 +77,18 @@ class DumpTarget(Target):
     def mapped_objects(self) -> dict[ObjectKey, MappedObject]:
         """As in a migration, but what is mapped does not count as moved already."""
         return {k: replace(m, ranges=()) for k, m in super().mapped_objects().items()}
+
+    def abandon(self) -> None:
+        """Kills the original, whose images are complete, and waits for its end: its pid may be wanted at once."""
+        tids = self.stopped.tids
+        self._stopped = None
+        self._held = False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        # The tracer is told of each thread's end first; only then the process is over for its parent.
+        for tid in reversed(tids):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(tid, _WALL)
 
 
 def run_dump(options: DumpOptions, on_event: Callable[[Event], None]) -> None:
