@@ -107,6 +107,25 @@ def test_we_restore_a_criu_dump_of_all_its_descriptors(criu, two_hosts, tmp_path
     program.goes_on(3, "appended", "fired", timeout=15)
 
 
+@pytest.mark.parametrize("who", ["ours", "criu"])
+def test_filters_and_another_user(criu, two_hosts, tmp_path, images, who):
+    source, destination = two_hosts
+    argv = (sys.executable, PROGRAMS / "restricted.py", tmp_path / "out")
+    # CRIU may not look into another user's program here, but restores one.
+    program = Watched(
+        Inside(source, tmp_path / "log"), tmp_path / "out", *argv, *(() if who == "ours" else ("root",))
+    )
+    program.goes_on(2)
+    program.host = source
+    if who == "ours":
+        dump(source, program, images)
+        criu_restore(criu, destination, program, images, tmp_path)
+    else:
+        criu_dump(criu, source, program, images, tmp_path)
+        restore(destination, program, images)
+    program.goes_on(3, "turns", timeout=15)
+
+
 def test_criu_restores_a_chain_of_our_layers(criu, two_hosts, tmp_path):
     source, destination = two_hosts
     program = writer(source, tmp_path / "writer", "--mib", "16", "--pattern", "hot")

@@ -70,6 +70,15 @@ def test_system_calls_in_flight_go_on(two_hosts, tmp_path, images):
     wait_for("all that can wake to wake", lambda: program.lines()[-1]["woken"])
 
 
+def test_filters_and_another_user(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Watched(source, tmp_path / "out", sys.executable, PROGRAMS / "restricted.py", tmp_path / "out")
+    program.goes_on(2)
+    dump(source, program, images)
+    restore(destination, program, images, "--lazy")
+    program.goes_on(3, "turns")
+
+
 def test_a_dump_that_leaves_it_running_leaves_no_trace(two_hosts, tmp_path, images):
     source, destination = two_hosts
     program = Writer(source, tmp_path / "writer", "--mib", "4", "--threads", "1")
