@@ -12,7 +12,7 @@ import pytest
 from checkpoint_kit import PORT, command, dump, ok, restore, serving, works
 from harness import PROGRAMS, Snapshot, Watched, appended, goes_on, judge, settled, untouched, wait_for
 
-from lazymig.demo.moves import Command
+from lazymig.demo.moves import COMMAND, Command
 from lazymig.demo.writer import Writer
 
 ALL = (
@@ -110,6 +110,18 @@ def test_layers_and_a_lazy_restore_of_them_from_a_directory_that_cannot_be_writt
     assert destination.run(["touch", place / "new"]).returncode != 0
     done = restore(destination, program, place / "3", "--lazy")
     assert done.final["pages"]["lazy"] > 5000
+    goes_on(program, 0.1)
+
+
+def test_packed_pages_and_checksums(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "8", "--pattern", "zero", "--threads", "1")
+    dump(source, program, images, "--zstd", "--checksums")
+    assert destination.run([*COMMAND, "images", "verify", images], cwd="/").returncode == 0
+    done = command(destination, "restore", "-D", images, "--lazy")
+    assert (done.status, done.code) == (1, "compressed-layer")
+    settled(destination)
+    restore(destination, program, images)
     goes_on(program, 0.1)
 
 
