@@ -65,13 +65,13 @@ async def _restore(options: RestoreOptions, emit: Callable[[Event], None]) -> Ev
     if options.source is None:
         required(loaded)
     work = Restore(loaded, lazy=options.lazy, source=options.source)
-    warnings = work.build()
-    running = time.monotonic()
-    for text in warnings:
-        emit({"event": "warning", "text": text})
-    lazy = work.lazy.pages
-    emit({"event": "running", "pid": loaded.pid, "ms": (running - started) * 1e3, "lazy_pages": lazy})
-    with _not_to_be_ended(emit):
+    with contextlib.ExitStack() as until_done:
+        warnings = work.build(lambda: until_done.enter_context(_not_to_be_ended(emit)))
+        running = time.monotonic()
+        for text in warnings:
+            emit({"event": "warning", "text": text})
+        lazy = work.lazy.pages
+        emit({"event": "running", "pid": loaded.pid, "ms": (running - started) * 1e3, "lazy_pages": lazy})
         try:
             stats = await work.fill()
         except LazymigError as e:
@@ -147,13 +147,14 @@ class Restore:
         ]
         return split_eager(layout, able, RangeSet.of(near), Mode.POSTCOPY)[1]
 
-    def build(self) -> list[str]:
-        """Makes the process and lets it run; warnings. Whatever fails leaves none."""
+    def build(self, committing: Callable[[], object]) -> list[str]:
+        """Makes the process and lets it run, ``committing`` just before; warnings. Whatever fails leaves none."""
         loaded = self.loaded
         fault_point("restore", "skeleton")
         builder = self.builder = Builder(loaded.pid, loaded.space.layout)
         try:
             warnings = self._build()
+            committing()
             builder.commit()
         except BaseException:
             builder.abandon()

@@ -39,6 +39,7 @@ class SourceServer:
         self.committed = False  # pages were asked for: the process may run elsewhere
         self.sent = 0  # pages
         self._over = False
+        self._session: Session | None = None  # under way
         memory = Path(f"/proc/{target.pid}/mem")  # offset is address
         self._served = [Served(target.pid, [Extent(s, e, memory, s) for s, e in pages])]
         self._listener = criu_wire.listen(*address)
@@ -76,7 +77,8 @@ class SourceServer:
     async def _watch(self, scope: trio.CancelScope) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
-                if not self.committed:
+                now = self._session.stats().sent if self._session is not None else 0
+                if not self.committed and not now:
                     scope.cancel()
                 text = "it is too late to cancel: the process may run where its pages went"
                 self.emit({"event": "warning", "text": text})
@@ -89,14 +91,14 @@ class SourceServer:
                 stream, peer = await listener.accept()
                 with socket.socket(fileno=os.dup(stream.fileno())) as sock:
                     stream.close()
-                    await self._session(sock, str(peer[0]))
+                    await self._serve(sock, str(peer[0]))
 
-    async def _session(self, sock: socket.socket, peer: str) -> None:
+    async def _serve(self, sock: socket.socket, peer: str) -> None:
         """One connection."""
         # Behind the tracer's stop waits one that outlives the tracer: whatever happens from here, it does not run.
         if not self.committed:
             self.target.hold_frozen()
-        session = Session(sock)
+        session = self._session = Session(sock)
         session.serve(self._served)
         error: LazymigError | None = None
         try:
@@ -104,6 +106,7 @@ class SourceServer:
         except LazymigError as e:
             error = e
         finally:
+            self._session = None
             sent = session.stats().sent
             self.sent += sent
             self.committed = self.committed or sent > 0
