@@ -80,6 +80,7 @@ class SourceServer:
                 now = self._session.stats().sent if self._session is not None else 0
                 if not self.committed and not now:
                     scope.cancel()
+                    return
                 text = "it is too late to cancel: the process may run where its pages went"
                 self.emit({"event": "warning", "text": text})
 
