@@ -50,7 +50,7 @@ static uint64_t shuffled(uint64_t i, uint64_t pages, unsigned int bits)
 
 int main(int argc, char **argv)
 {
-	const struct timespec pause = {0, 200000};
+	const struct timespec pause = {0, 2000000};
 	uint64_t pages, i, k, begin, wrong = 0, *memory;
 	unsigned int bits = 0;
 	char line[100];
