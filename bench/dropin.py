@@ -187,7 +187,7 @@ class Run:
             args = ("lazy-pages", "-D", self.images, "-o", "lazy.log", "-v1", *server)
             theirs: Program = stack.enter_context(self.criu.serve(self.destination, *args, cwd=self.tmp))
             return theirs
-        words = [sys.executable, "-m", "lazymig", "lazy-pages", "-D", self.images, *server]
+        words = [sys.executable, "-m", "lazymig", "lazy-pages", "-D", str(self.images), *server]
         with open(self.tmp / "lazy.log", "wb") as log:
             ours = self.destination.popen(words, stdout=log, stderr=log, cwd=self.tmp)
         stack.enter_context(ours)
