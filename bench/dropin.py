@@ -168,7 +168,7 @@ class Run:
         near, far = (f"{self.source.address}:{port}" for port in (RELAY_PORT, DUMP_PORT))
         words = [
             sys.executable,
-            HERE / "relay.py",
+            str(HERE / "relay.py"),
             "--listen",
             near,
             "--to",
