@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import time
@@ -18,6 +19,9 @@ Parts = Sequence[tuple[RangeSet, int]]
 
 # After a batch that compression did not make clearly smaller, so many go uncompressed before the next try.
 _PAUSE = 16
+# Bytes that wait in the socket without having been sent. What waits there is sent by whichever processor handles the
+# next acknowledgement, without a pause: megabytes would keep other programs from it for milliseconds.
+_QUEUE = 256 << 10
 _PAYS = 0.9
 
 
@@ -60,6 +64,8 @@ class BulkSender:
     ) -> None:
         self._sock = sock
         self.pid = pid
+        with contextlib.suppress(OSError):  # not a TCP socket
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _QUEUE)
         self._codec = wire.codec(codec) if codec else None
         self.bulk = new_bulk(sock.fileno(), pid)
         self.limit(limit_bytes_per_s)
