@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from lazymig import report
-from lazymig.errors import LazymigError, RefusedError
+from lazymig.cli_kit import AS_JSON, PID, run
 from lazymig.migrate import options as opt
-
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
 
 
 def _address(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, int] | None:
@@ -24,21 +19,8 @@ def _address(ctx: click.Context, param: click.Parameter, value: str | None) -> t
         raise click.BadParameter(str(e), ctx, param) from e
 
 
-def _run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
-    shown = report.reporter(as_json=as_json)
-    try:
-        work(shown)
-    except RefusedError as e:
-        shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
-    except LazymigError as e:
-        shown.error(e)
-    finally:
-        shown.close()
-    sys.exit(shown.exit_status)
-
-
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@PID
 @click.option(
     "-D",
     "--images-dir",
@@ -83,7 +65,7 @@ def _run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
     help="Pack the pages. Only lazymig reads them then, and not with restore --lazy.",
 )
 @click.option("--checksums", is_flag=True, help="Add checksums, which `images verify` and b2sum -c check.")
-@_AS_JSON
+@AS_JSON
 def dump(
     pid: int,
     images_dir: Path,
@@ -129,7 +111,7 @@ def dump(
         compress=compress,
         checksums=checksums,
     )
-    _run(lambda shown: run_dump(options, shown.event), as_json)
+    run(lambda shown: run_dump(options, shown.event), as_json)
 
 
 @click.command()
@@ -150,7 +132,7 @@ def dump(
     metavar="ADDR[:PORT]",
     help="With --lazy: who serves the pages that are not in the images (dump --serve, or CRIU's dump --lazy-pages).",
 )
-@_AS_JSON
+@AS_JSON
 def restore(images_dir: Path, lazy: bool, source: tuple[str, int] | None, as_json: bool) -> None:
     """Make the process of an image directory, with the pid that it had; the directory is only read.
 
@@ -164,4 +146,4 @@ def restore(images_dir: Path, lazy: bool, source: tuple[str, int] | None, as_jso
     if source is not None and not lazy:
         raise click.UsageError("--from needs --lazy")
     options = RestoreOptions(images_dir, lazy=lazy, source=source)
-    _run(lambda shown: run_restore(options, shown.event), as_json)
+    run(lambda shown: run_restore(options, shown.event), as_json)

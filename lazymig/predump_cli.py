@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from lazymig import report
-from lazymig.errors import LazymigError, RefusedError
+from lazymig.cli_kit import AS_JSON, PID, run
 from lazymig.migrate import options as opt
-
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@PID
 @click.option(
     "-D",
     "--images-dir",
@@ -36,7 +33,7 @@ _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object
     help="Leave a tracker behind (a small process, until `untrack` or the end of PID), so that the next round "
     "knows what was written since this one.",
 )
-@_AS_JSON
+@AS_JSON
 def predump(pid: int, images_dir: Path, parent: Path | None, track: bool, as_json: bool) -> None:
     """Write one round of a process's memory to disk while it runs.
 
@@ -45,23 +42,13 @@ def predump(pid: int, images_dir: Path, parent: Path | None, track: bool, as_jso
     """
     from lazymig.migrate.predump import run_predump
 
-    shown = report.reporter(as_json=as_json)
-    try:
-        run_predump(
-            opt.PredumpOptions(pid=pid, images_dir=images_dir, parent=parent, track=track), shown.event
-        )
-    except RefusedError as e:
-        shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
-    except LazymigError as e:
-        shown.error(e)
-    finally:
-        shown.close()
-    sys.exit(shown.exit_status)
+    options = opt.PredumpOptions(pid=pid, images_dir=images_dir, parent=parent, track=track)
+    run(lambda shown: run_predump(options, shown.event), as_json)
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
-@_AS_JSON
+@PID
+@AS_JSON
 def untrack(pid: int, as_json: bool) -> None:
     """End the tracking that a predump left behind: nothing of it stays in the process.
 
@@ -69,12 +56,7 @@ def untrack(pid: int, as_json: bool) -> None:
     """
     from lazymig.track import chain
 
-    shown = report.reporter(as_json=as_json)
-    try:
-        was = chain.untrack(pid)
-        shown.event({"event": "done", "pid": pid, "untracked": was})
-    except LazymigError as e:
-        shown.error(e)
-    finally:
-        shown.close()
-    sys.exit(shown.exit_status)
+    def work(shown: report.Reporter) -> None:
+        shown.event({"event": "done", "pid": pid, "untracked": chain.untrack(pid)})
+
+    run(work, as_json)

@@ -137,10 +137,10 @@ class AdoptedTracker(WpAsyncTracker):
         self._owed = state.owed or RangeSet()
         self.changed: RangeSet | None = None
 
-    def round(self, now: Mapped, paused: Paused) -> Dirty:
-        """See WpAsyncTracker."""
+    def round(self, now: Mapped, paused: Paused, *, quick: bool = False) -> Dirty:
+        """See WpAsyncTracker. The first round is never a quick one."""
         if self.changed is not None:
-            return super().round(now, paused)
+            return super().round(now, paused, quick=quick)
         _check_alive(self.uffd)
         seen = _Seen(now, paused)
         found = super().round(now, seen.paused)
