@@ -297,7 +297,7 @@ def test_the_state_comes_back():
 
 
 def test_a_move_takes_the_tracker_along(pair):
-    writer = pair.writer("--mib", "32", "--pages-per-tick", "1", "--churn")
+    writer = pair.writer("--mib", "32", "--pages-per-tick", "1", "--tick-us", "2000", "--churn")
     outer = pair.source.outer_pid(writer.pid)
     for n, parent in enumerate(("", "../0")):
         argv = [*COMMAND, "predump", str(writer.pid), "-D", str(pair.tmp / str(n)), "--json"]
