@@ -14,7 +14,7 @@ from lazymig.demo.hosts import DEVNULL
 from lazymig.demo.moves import Daemon
 
 BEFORE_COMMIT = ["preflight", "track", "rounds", "freeze", "prepare"]
-DESTINATION_BEFORE_COMMIT = ["offered", "skeleton", "preparing", "ready"]
+DESTINATION_BEFORE_COMMIT = ["offered", "skeleton", "preparing", "ready", "committing"]
 
 
 def busy(pair):

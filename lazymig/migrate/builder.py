@@ -197,7 +197,11 @@ class Builder:
     # ---- the end
 
     def commit(self) -> None:
-        """From here on the process outlives this one: its keeper does not kill it any more."""
+        """From `let_go` on the process outlives this one: its keeper does not kill it any more.
+
+        The last chance to fail: LazymigError ``husk-lost`` or ``keeper-lost`` when there is nothing to let go.
+        """
+        self.skeleton.confirm()
         self.skeleton.keeper.commit()
 
     def let_go(self) -> None:

@@ -24,6 +24,7 @@ from lazymig.migrate.options import DaemonOptions, format_address
 from lazymig.migrate.placement import give_way
 from lazymig.migrate.session import first_error
 from lazymig.migrate.spawner import Spawner, fds_of, send_fds
+from lazymig.migrate.states import JUDGEMENTS, Verdict, Word
 
 Event = dict[str, Any]
 MAX_MIGRATIONS = 64
@@ -41,19 +42,15 @@ class Incoming:
     state: str = "offered"
     pid: int = 0
 
+    word: Word = Word.NOTHING  # of its worker; what else that tells of does not bear on the verdict
+
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """What a source that lost the answer to its commit is told."""
-        if self.state in ("running", "done"):
-            return "running"
-        if self.state == "committing":
-            # The worker ended between its promise and the word that it was kept: look.
-            return (
-                "unknown"
-                if self.data.fileno() >= 0
-                else ("running" if _runs_under_keeper(self.pid) else "aborted")
-            )
-        return "aborted" if self.state in ("aborted", "failed", "gone") else "unknown"
+        judgement = JUDGEMENTS[self.word]
+        if self.data.fileno() >= 0:
+            return judgement.alive
+        return judgement.seen if _runs_under_keeper(self.pid) else judgement.ended
 
 
 class Daemon:
@@ -117,7 +114,7 @@ class Daemon:
         if incoming is None or not secrets.compare_digest(incoming.secret, str(frame["secret"])):
             raise ProtocolError("no such migration", code="unknown-migration")
         if role == "verdict":
-            await channel.send({"t": "verdict", "verdict": incoming.verdict})
+            await channel.send({"t": "verdict", "verdict": str(incoming.verdict)})
         elif role in ("bulk", "fault"):
             await channel.send({"t": "ok"})
             _blocking(stream)
@@ -151,7 +148,9 @@ class Daemon:
                 event = json.loads(message)
                 incoming.state = str(event.get("event"))
                 incoming.pid = int(event.get("pid", incoming.pid))
-                if incoming.state != "committing":
+                if incoming.state in set(Word):
+                    incoming.word = Word(incoming.state)
+                if incoming.state != Word.COMMITTING:
                     self._emit({**event, "id": migration, "peer": incoming.peer})
         incoming.data.close()
         if incoming.state not in ("done", "aborted", "failed", "committing"):

@@ -25,7 +25,7 @@ from lazymig.migrate.capture import Capture
 from lazymig.migrate.channel import Channel
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
-from lazymig.migrate.states import DESTINATION_TRANSITIONS, Destination, Machine
+from lazymig.migrate.states import DESTINATION_STEPS, OWN, Act, Destination, Machine, Word
 from lazymig.pb import descriptors_pb2
 from lazymig.process.files import FileReceiver
 from lazymig.process.vmas import Layout, LayoutDiff
@@ -47,7 +47,7 @@ class DestinationMigration:
         self.control = control
         self._data = data
         self._tell = tell  # events for the daemon
-        self.machine = Machine("destination", Destination.OFFERED, DESTINATION_TRANSITIONS)
+        self.machine = Machine("destination", Destination.OFFERED, DESTINATION_STEPS)
         self.offer: offers.Offer
         self.builder: Builder | None = None
         self.files = FileReceiver()
@@ -90,6 +90,9 @@ class DestinationMigration:
         if self.builder is not None:
             self.builder.abandon()
         self.files.undo()
+
+    def _say(self, word: Word) -> None:
+        self._tell({"event": str(word), "pid": self.offer.pid})
 
     # ---- before the skeleton
 
@@ -240,16 +243,25 @@ class DestinationMigration:
 
     async def _run_it(self, signals: list[int]) -> None:
         builder = self._built
-        self._tell({"event": "committing", "pid": self.offer.pid})
-        builder.commit()
-        self.machine.to(Destination.RUNNING)
+        self.machine.take("commit", {Act.KEEP: builder.commit})
         for r in self.receivers:
             give_way(r.thread_id)
-        builder.let_go()
-        make_way()
-        builder.send(signals)
-        self.control.send_now({"t": "running", "at_ns": time.time_ns(), "breakdown": self._steps})
-        self._tell({"event": "running", "pid": self.offer.pid})
+
+        def let_go() -> None:
+            builder.let_go()
+            make_way()
+            builder.send(signals)
+
+        running = {"t": "running", "at_ns": 0, "breakdown": self._steps}
+        self.machine.take(
+            OWN,
+            {
+                Act.SAY_COMMITTING: partial(self._say, Word.COMMITTING),
+                Act.LET_GO: let_go,
+                Act.SAY_RUNNING: partial(self._say, Word.RUNNING),
+                Act.SEND_RUNNING: lambda: self.control.send_now({**running, "at_ns": time.time_ns()}),
+            },
+        )
         anywhere()
         builder.running()
         if builder.lazy is not None:

@@ -15,9 +15,11 @@ import trio
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, decode_body, encode
 from lazymig.migrate.options import MigrateOptions
+from lazymig.migrate.states import Verdict
 
 CAPABILITIES = ["zero-ranges", "punch-rounds", "lz4", "zstd", "ship-files"]
 _HEAD = 8
+_VERDICT_TIMEOUT_S = 5.0
 _PINGS = 5
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 5))
 _USER_TIMEOUT_MS = 20_000
@@ -62,11 +64,8 @@ class Links:
         hello = {"t": "hello", "version": VERSION, "role": role, "id": self.migration, "secret": self.secret}
         return await trio.to_thread.run_sync(_connect_raw, options, {**hello, "index": index})
 
-    async def ask_verdict(self, options: MigrateOptions) -> str:
-        """Asks the destination's daemon, over a new connection, what became of this migration.
-
-        "running", "aborted", or "unknown" while it cannot be told.
-        """
+    async def ask_verdict(self, options: MigrateOptions) -> Verdict:
+        """Asks the destination's daemon, over a new connection, what became of this migration."""
         hello = {
             "t": "hello",
             "version": VERSION,
@@ -75,15 +74,15 @@ class Links:
             "secret": self.secret,
         }
         try:
-            stream = await trio.open_tcp_stream(options.host, options.port)
-            async with stream:
-                channel = Channel(stream, self.control.peer)
-                await channel.send(hello)
-                with trio.fail_after(5):
+            with trio.fail_after(_VERDICT_TIMEOUT_S):
+                stream = await trio.open_tcp_stream(options.host, options.port)
+                async with stream:
+                    channel = Channel(stream, self.control.peer)
+                    await channel.send(hello)
                     frame, _ = await channel.expect("verdict")
-                return str(frame["verdict"])
-        except (OSError, LazymigError, trio.TooSlowError):
-            return "unknown"
+                return Verdict(frame["verdict"])
+        except (OSError, LazymigError, trio.TooSlowError, ValueError):
+            return Verdict.UNKNOWN
 
     async def aclose(self) -> None:
         """Closes all connections."""

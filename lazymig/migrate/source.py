@@ -34,7 +34,7 @@ from lazymig.migrate.options import Codec, MigrateOptions, Mode
 from lazymig.migrate.parts import classify, lazy_capable, locked, split_eager, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
 from lazymig.migrate.rounds import Action, Policy, RoundRecord
-from lazymig.migrate.states import SOURCE_TRANSITIONS, Machine, Source
+from lazymig.migrate.states import SOURCE_STEPS, SOURCE_TRANSITIONS, Act, Machine, Source, Verdict, asked
 from lazymig.migrate.target import Target
 from lazymig.process.descriptors import DescriptorDumper
 from lazymig.process.files import FileSender
@@ -52,7 +52,7 @@ _FREEZE_TRIES = 20
 _THAW_S = 0.01
 _PASSING = {"fd-content"}  # reasons that a process that runs on removes by itself
 _FEW = 4 << 20  # bytes that may be sent in the freeze without a thread
-_ASK_AGAIN_S = 60.0
+_ASK_AGAIN_S, _ASK_PAUSE_S = 60.0, 0.2
 _LOOK_AGAIN_S = 1.0
 
 
@@ -62,7 +62,7 @@ class SourceMigration:
     def __init__(self, options: MigrateOptions, on_event: Callable[[Event], None]) -> None:
         self.options = options
         self.emit = on_event
-        self.machine = Machine("source", Source.PREFLIGHT, SOURCE_TRANSITIONS)
+        self.machine = Machine("source", Source.PREFLIGHT, SOURCE_STEPS)
         self.cancel_scope = trio.CancelScope()
         self.cancelled = False
         self.policy = Policy(
@@ -442,35 +442,51 @@ class SourceMigration:
 
         ``signals`` came too late for the state and are sent again over there.
         """
-        self.machine.to(Source.COMMIT)
-        self.target.hold_frozen()
-        self._handed_over = True
+        control = self.links.control
         with trio.CancelScope(shield=True):
             try:
-                self.links.control.send_now({"t": "commit", "signals": signals})
-                self.links.control.expect_now("running")
-            except PeerLostError as lost:
-                await self._ask_again(lost)
+                self.machine.take(
+                    "ready",
+                    {
+                        Act.HOLD: self._hold,
+                        Act.SEND_COMMIT: lambda: control.send_now({"t": "commit", "signals": signals}),
+                    },
+                )
+                control.expect_now("running")
+            except LazymigError as e:
+                # Whatever it is, an error that the destination tells of too: who owns the process it must say itself.
+                if not self._handed_over:
+                    raise
+                await self._ask_again(e)
 
-    async def _ask_again(self, lost: Exception) -> NoReturn:
+    def _hold(self) -> None:
+        self.target.hold_frozen()
+        self._handed_over = True
+
+    async def _ask_again(self, lost: LazymigError) -> NoReturn:
         """The commit's answer was lost: asks the destination which of us owns the process; never guesses."""
         self.emit(
-            {"event": "warning", "text": "the answer to the commit was lost: asking the destination again"}
+            {"event": "warning", "text": f"no answer to the commit ({lost}): asking the destination again"}
         )
         deadline = time.monotonic() + _ASK_AGAIN_S
-        while time.monotonic() < deadline:
-            verdict = await self.links.ask_verdict(self.options)
-            if verdict == "running":
-                raise PeerLostError(
-                    "the destination runs the process, but the connection broke before it had every page",
-                    code="link-lost",
-                    hint="threads that need a missing one wait; the original stays frozen here",
-                ) from lost
-            if verdict == "aborted":
-                self._handed_over = False
-                self.target.release_hold()
-                raise PeerLostError("the destination gave up before it took the process over") from lost
-            await trio.sleep(0.2)
+        while (verdict := await self.links.ask_verdict(self.options)) is Verdict.UNKNOWN:
+            if time.monotonic() > deadline:
+                break
+            await trio.sleep(_ASK_PAUSE_S)
+        if Act.RESUME in next(s for s in SOURCE_STEPS if s.cause == asked(verdict)).acts:
+            self._handed_over = False  # so this failure ends in a rollback
+            raise PeerLostError(
+                f"the destination gave up before it took the process over ({lost})",
+                code=lost.code,
+                subject=lost.subject,
+                hint=lost.hint,
+            ) from lost
+        if verdict is Verdict.RUNNING:
+            raise PeerLostError(
+                "the destination runs the process, but the connection broke before it had every page",
+                code="link-lost",
+                hint="threads that need a missing one wait; the original stays frozen here",
+            ) from lost
         raise PeerLostError(
             "it cannot be told whether the destination runs the process; the original stays frozen",
             code="commit-unknown",
@@ -500,8 +516,7 @@ class SourceMigration:
                 await trio.sleep_forever()
             served = self.pages.stats()
             self.pages.close()
-            self.machine.to(Source.RELEASE)
-            self.target.abandon()
+            self.machine.take("done", {Act.END: self.target.abandon})
             await self.links.control.send({"t": "released"})
             await self.links.aclose()
             self.machine.to(Source.DONE)

@@ -1,7 +1,10 @@
-"""The hand-over as two explicit state machines; docs/protocol.md draws them, and a test holds the two equal.
+"""The hand-over as two explicit state machines, in one table that says what moves them and what a move does.
+
+The code walks through the table, docs/protocol.md draws it, tests/test_handover_model.py explores all that can happen
+with it, and docs/failure-model.md says what follows for a person; tests hold all of them equal.
 
 Fault points: tests set LAZYMIG_FAULT="source:freeze:kill" (host, state, action) to break a machine on entering
-a state. Actions: kill (SIGKILL to itself), error (raises), stall (sleeps a minute).
+a state. Actions: kill (SIGKILL to itself), stop (SIGSTOP to itself), error (raises), stall (sleeps a minute).
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import enum
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lazymig.errors import LazymigError
@@ -39,62 +43,173 @@ class Destination(enum.StrEnum):
     SKELETON = "skeleton"  # the husk is there, rounds come in
     PREPARING = "preparing"
     READY = "ready"
+    COMMITTING = "committing"  # the commit is here; what can fail has its last chance
     RUNNING = "running"  # committed: the process runs here, pages are missing
     DONE = "done"  # every page is here
     ABORTED = "aborted"  # before commit only: nothing is left here
     FAILED = "failed"
 
 
-SOURCE_TRANSITIONS: Mapping[Source, frozenset[Source]] = {
-    Source.PREFLIGHT: frozenset({Source.TRACK, Source.FREEZE, Source.DONE, Source.ROLLBACK}),
-    Source.TRACK: frozenset({Source.ROUNDS, Source.ROLLBACK}),
-    Source.ROUNDS: frozenset({Source.FREEZE, Source.ROLLBACK}),
-    Source.FREEZE: frozenset({Source.PREPARE, Source.ROUNDS, Source.ROLLBACK}),
-    Source.PREPARE: frozenset({Source.COMMIT, Source.ROLLBACK}),
-    Source.COMMIT: frozenset({Source.SERVE, Source.ROLLBACK, Source.FAILED}),
-    Source.SERVE: frozenset({Source.RELEASE, Source.FAILED}),
-    Source.RELEASE: frozenset({Source.DONE}),
-    Source.ROLLBACK: frozenset({Source.FAILED}),
-    Source.DONE: frozenset(),
-    Source.FAILED: frozenset(),
-}
-DESTINATION_TRANSITIONS: Mapping[Destination, frozenset[Destination]] = {
-    Destination.OFFERED: frozenset({Destination.SKELETON, Destination.ABORTED}),
-    Destination.SKELETON: frozenset({Destination.PREPARING, Destination.ABORTED}),
-    Destination.PREPARING: frozenset({Destination.READY, Destination.ABORTED}),
-    Destination.READY: frozenset({Destination.RUNNING, Destination.ABORTED}),
-    Destination.RUNNING: frozenset({Destination.DONE, Destination.FAILED}),
-    Destination.ABORTED: frozenset(),
-    Destination.DONE: frozenset(),
-    Destination.FAILED: frozenset(),
-}
+class Verdict(enum.StrEnum):
+    """The daemon's answer to a source that lost the answer to its commit."""
+
+    RUNNING = "running"  # the process was let go there
+    ABORTED = "aborted"  # it never was, and never will be
+    UNKNOWN = "unknown"  # not yet, or not any more, to be told; also: nobody answers
+
+
+# Causes of a transition that are neither a frame (its name) nor a verdict (`asked`).
+OWN = "own"  # the work of the state is done
+FAILURE = "failure"  # an error, a lost connection, or Ctrl-C
+
+
+def asked(verdict: str) -> str:
+    """The cause that a verdict is."""
+    return f"verdict {verdict}"
+
+
+class Act(enum.StrEnum):
+    """What a transition does to the process, says to the peer or writes down, in this order: each may be the last."""
+
+    PAUSE = "pause"  # the source's tracer stops it: it runs on should the tracer end
+    HOLD = "hold"  # frozen at the source, whoever ends
+    RESUME = "resume"  # it runs on at the source
+    END = "end"  # the original is killed
+    SEND_PREPARE = "send prepare"
+    SEND_READY = "send ready"
+    SEND_COMMIT = "send commit"
+    SEND_RUNNING = "send running"
+    SEND_DONE = "send done"
+    BUILD = "build"  # the husk: it ends with the worker or the keeper
+    DROP = "drop"  # the husk is killed
+    KEEP = "keep"  # the keeper will not kill it any more; the worker's end still would
+    SAY_COMMITTING = "say committing"  # to the daemon
+    SAY_RUNNING = "say running"
+    SAY_ABORTED = "say aborted"
+    LET_GO = "let go"  # its threads run at the destination
+
 
 S = TypeVar("S", Source, Destination)
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[S]):
+    """One transition: from where, what for, to where, and what is done once there."""
+
+    before: S
+    cause: str
+    after: S
+    acts: tuple[Act, ...] = ()
+
+
+_S, _D, _A = Source, Destination, Act
+SOURCE_STEPS: tuple[Step[Source], ...] = (
+    Step(_S.PREFLIGHT, OWN, _S.TRACK),
+    Step(_S.PREFLIGHT, OWN, _S.FREEZE, (_A.PAUSE,)),  # modes without rounds
+    Step(_S.PREFLIGHT, OWN, _S.DONE),  # --dry-run
+    Step(_S.PREFLIGHT, FAILURE, _S.ROLLBACK, (_A.RESUME,)),
+    Step(_S.TRACK, OWN, _S.ROUNDS),
+    Step(_S.TRACK, FAILURE, _S.ROLLBACK, (_A.RESUME,)),
+    Step(_S.ROUNDS, OWN, _S.FREEZE, (_A.PAUSE,)),
+    Step(_S.ROUNDS, FAILURE, _S.ROLLBACK, (_A.RESUME,)),
+    Step(_S.FREEZE, OWN, _S.PREPARE, (_A.SEND_PREPARE,)),
+    Step(_S.FREEZE, OWN, _S.ROUNDS, (_A.RESUME,)),
+    Step(_S.FREEZE, FAILURE, _S.ROLLBACK, (_A.RESUME,)),
+    Step(_S.PREPARE, "ready", _S.COMMIT, (_A.HOLD, _A.SEND_COMMIT)),
+    Step(_S.PREPARE, FAILURE, _S.ROLLBACK, (_A.RESUME,)),
+    Step(_S.COMMIT, "running", _S.SERVE),
+    Step(_S.COMMIT, asked(Verdict.ABORTED), _S.ROLLBACK, (_A.RESUME,)),
+    Step(_S.COMMIT, asked(Verdict.RUNNING), _S.FAILED),
+    Step(_S.COMMIT, asked(Verdict.UNKNOWN), _S.FAILED),  # when it has been asked for long enough
+    Step(_S.SERVE, "done", _S.RELEASE, (_A.END,)),
+    Step(_S.SERVE, FAILURE, _S.FAILED),
+    Step(_S.RELEASE, OWN, _S.DONE),
+    Step(_S.ROLLBACK, OWN, _S.FAILED),
+)
+DESTINATION_STEPS: tuple[Step[Destination], ...] = (
+    Step(_D.OFFERED, OWN, _D.SKELETON, (_A.BUILD,)),
+    Step(_D.OFFERED, FAILURE, _D.ABORTED, (_A.SAY_ABORTED,)),
+    Step(_D.SKELETON, "prepare", _D.PREPARING),
+    Step(_D.SKELETON, FAILURE, _D.ABORTED, (_A.DROP, _A.SAY_ABORTED)),
+    Step(_D.PREPARING, OWN, _D.READY, (_A.SEND_READY,)),
+    Step(_D.PREPARING, FAILURE, _D.ABORTED, (_A.DROP, _A.SAY_ABORTED)),
+    Step(_D.READY, "commit", _D.COMMITTING, (_A.KEEP,)),
+    Step(_D.READY, FAILURE, _D.ABORTED, (_A.DROP, _A.SAY_ABORTED)),
+    Step(
+        _D.COMMITTING,
+        OWN,
+        _D.RUNNING,
+        (_A.SAY_COMMITTING, _A.LET_GO, _A.SAY_RUNNING, _A.SEND_RUNNING),
+    ),
+    Step(_D.COMMITTING, FAILURE, _D.ABORTED, (_A.DROP, _A.SAY_ABORTED)),
+    Step(_D.RUNNING, OWN, _D.DONE, (_A.SEND_DONE,)),  # every page is there
+    Step(_D.RUNNING, FAILURE, _D.FAILED),
+)
+
+
+def _transitions(states: type[S], steps: Iterable[Step[S]]) -> Mapping[S, frozenset[S]]:
+    steps = tuple(steps)
+    return {s: frozenset(step.after for step in steps if step.before is s) for s in states}
+
+
+SOURCE_TRANSITIONS = _transitions(Source, SOURCE_STEPS)
+DESTINATION_TRANSITIONS = _transitions(Destination, DESTINATION_STEPS)
+
+
+class Word(enum.StrEnum):
+    """What a worker last told its daemon."""
+
+    NOTHING = "nothing"
+    ABORTED = "aborted"  # nothing of it was or will be let go
+    COMMITTING = "committing"  # it is about to let the process go
+    RUNNING = "running"  # it did
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the daemon answers after a word: while its worker lives, and when that ended.
+
+    A husk that was not let go dies with its worker, so a worker that ends before it said `Word.COMMITTING` has
+    let nothing go. One that ends after that is looked for: a process that runs was let go, one that does not may have
+    been, and ended since.
+    """
+
+    alive: Verdict
+    ended: Verdict
+    seen: Verdict  # when it ended, and the process is there
+
+
+JUDGEMENTS: Mapping[Word, Judgement] = {
+    Word.NOTHING: Judgement(Verdict.UNKNOWN, Verdict.ABORTED, Verdict.ABORTED),
+    Word.ABORTED: Judgement(Verdict.ABORTED, Verdict.ABORTED, Verdict.ABORTED),
+    Word.COMMITTING: Judgement(Verdict.UNKNOWN, Verdict.UNKNOWN, Verdict.RUNNING),
+    Word.RUNNING: Judgement(Verdict.RUNNING, Verdict.RUNNING, Verdict.RUNNING),
+}
 
 
 class Machine(Generic[S]):
     """One host's state; refuses transitions that the table does not have."""
 
-    def __init__(
-        self,
-        host: str,
-        start: S,
-        table: Mapping[S, frozenset[S]],
-        on_change: Callable[[S], None] = lambda _s: None,
-    ) -> None:
+    def __init__(self, host: str, start: S, steps: tuple[Step[S], ...]) -> None:
         self._host = host
-        self._table: Mapping[S, frozenset[S]] = table
-        self._on_change: Callable[[S], None] = on_change
+        self._steps = steps
         self.state: S = start
         fault_point(host, start)
 
     def to(self, new: S) -> None:
         """Enters ``new``."""
-        if new not in self._table[self.state]:
+        if all(step.before is not self.state or step.after is not new for step in self._steps):
             raise AssertionError(f"{self._host}: no transition from {self.state} to {new}")
         self.state = new
-        self._on_change(new)
         fault_point(self._host, new)
+
+    def take(self, cause: str, acts: Mapping[Act, Callable[[], object]]) -> S:
+        """Takes the one step that ``cause`` has here, and does its acts in their order; the state then."""
+        (step,) = (s for s in self._steps if s.before is self.state and s.cause == cause)
+        self.to(step.after)
+        for act in step.acts:
+            acts[act]()
+        return self.state
 
 
 class InjectedFaultError(LazymigError):
@@ -113,6 +228,8 @@ def fault_point(host: str, state: str) -> None:
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif action == "stall":
         time.sleep(60)
     else:

@@ -60,7 +60,10 @@ class Keeper:
 
         Not waited for: the keeper takes messages in order, so this one is heard before the connection's end.
         """
-        self._sock.send(_REQUEST.pack(_COMMIT, 0, 0, 0))
+        try:
+            self._sock.send(_REQUEST.pack(_COMMIT, 0, 0, 0))
+        except OSError as e:
+            raise LazymigError("the keeper ended", code="keeper-lost") from e
 
     def release(self) -> None:
         """The keeper closes what it holds: every page has arrived."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 from lazymig.arch import SYS
-from lazymig.errors import LazymigError, SyscallError
+from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
 from lazymig.kernel import ptrace
 from lazymig.kernel.batch import Batch
 from lazymig.kernel.ranges import RangeSet
@@ -278,6 +278,15 @@ class Skeleton:
         ret = ptrace.step_syscall(self.pid, self.base_regs, gadget, SYS.munmap, self.region.base, rg.SIZE)
         if ret < 0:
             raise SyscallError("munmap", -ret, subject=f"pid {self.pid}")
+
+    def confirm(self) -> None:
+        """Raises LazymigError ``husk-lost`` when the process under construction was killed."""
+        try:
+            ptrace.get_regs(self.pid)
+        except (SyscallError, ProcessGoneError) as e:
+            raise LazymigError(
+                "the process under construction was killed", code="husk-lost", subject=f"pid {self.pid}"
+            ) from e
 
     def let_go(self) -> None:
         """Lets all threads run: the process is alive from here on."""
