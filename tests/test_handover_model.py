@@ -1,8 +1,9 @@
 """The hand-over explored exhaustively: every order of steps, lost and doubled frames, crashes between any two acts.
 
-The two machines, what their steps do in which order, and the daemon's verdicts are those of lazymig/migrate/states.py, which
-the code walks through. The model adds what the code cannot choose: the channel, the crashes and the timeouts. A timeout,
-an error, a dead keeper or husk, and Ctrl-C are one event here: FAILURE, possible wherever the table has it.
+The two machines, what their steps do in which order, and the daemon's verdicts are those of
+lazymig/migrate/states.py, which the code walks through. The model adds what the code cannot choose: the channel, the
+crashes and the timeouts. A timeout, an error, a dead keeper or husk, and Ctrl-C are one event here: FAILURE, possible
+wherever the table has it.
 """
 
 from __future__ import annotations

@@ -196,6 +196,10 @@ class Builder:
 
     # ---- the end
 
+    def lost(self) -> LazymigError | None:
+        """The cause when something failed since somebody ended the keeper or the husk."""
+        return self.skeleton.lost()
+
     def commit(self) -> None:
         """From `let_go` on the process outlives this one: its keeper does not kill it any more.
 

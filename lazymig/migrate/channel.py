@@ -6,6 +6,7 @@ A frame is two little-endian u32 (length of the body, length of the attachment),
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import struct
@@ -20,7 +21,7 @@ VERSION = 1
 MAX_BODY = 64 << 20  # a layout of 100,000 VMAs and the state of 1,000 threads stay below
 MAX_ATTACHMENT = 256 << 20
 MAX_HELLO = 4096
-NOW_TIMEOUT_S = 20
+PATIENCE_S = float(os.environ.get("LAZYMIG_PATIENCE", "20"))  # with a peer that is there and does nothing
 _HEAD = struct.Struct("<II")
 
 Frame = dict[str, Any]
@@ -85,15 +86,19 @@ class Channel:
             raise LazymigError.from_wire(frame)
         return frame, attachment
 
-    async def expect(self, *names: str) -> tuple[Frame, bytes]:
-        """The next frame, which must have one of these names."""
-        frame, attachment = await self.receive()
+    async def expect(self, *names: str, within: float | None = None) -> tuple[Frame, bytes]:
+        """The next frame, which must have one of these names; PeerLostError when ``within`` seconds none comes."""
+        try:
+            with trio.fail_after(math.inf if within is None else within):
+                frame, attachment = await self.receive()
+        except trio.TooSlowError:
+            raise self.stuck(within or 0) from None
         return self._named(frame, names), attachment
 
     def send_now(self, frame: Frame, attachment: bytes = b"") -> None:
         """Sends without giving up the processor: for the freeze, where a turn of the event loop is downtime.
 
-        Nothing else may be sending. PeerLostError, also when the peer takes nothing for NOW_TIMEOUT_S.
+        Nothing else may be sending. PeerLostError, also when the peer takes nothing for PATIENCE_S.
         """
         data = memoryview(encode(frame, attachment))
         self.bytes_sent += len(data)
@@ -137,8 +142,17 @@ class Channel:
     def _wait(self, event: int) -> None:
         p = select.poll()
         p.register(self.stream.socket.fileno(), event)
-        if not p.poll(NOW_TIMEOUT_S * 1000):
-            raise PeerLostError(f"it does not answer for {NOW_TIMEOUT_S} s", subject=self.peer)
+        if not p.poll(PATIENCE_S * 1000):
+            raise self.stuck(PATIENCE_S)
+
+    def stuck(self, seconds: float) -> PeerLostError:
+        """The error of a peer that is connected and does nothing for so long."""
+        return PeerLostError(
+            f"it does not answer for {seconds:.0f} s",
+            code="peer-stuck",
+            subject=self.peer,
+            hint="is the process there stopped, or its host overloaded?",
+        )
 
     def _named(self, frame: Frame, names: tuple[str, ...]) -> Frame:
         if frame["t"] == "error":

@@ -22,7 +22,8 @@ from lazymig.migrate import layer
 from lazymig.migrate import offer as offers
 from lazymig.migrate.builder import Builder
 from lazymig.migrate.capture import Capture
-from lazymig.migrate.channel import Channel
+from lazymig.migrate.channel import PATIENCE_S, Channel
+from lazymig.migrate.links import idle_s
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
 from lazymig.migrate.states import DESTINATION_STEPS, OWN, Act, Destination, Machine, Word
@@ -33,6 +34,7 @@ from lazymig.uffd.lazy import LazyMemory
 from page_server.receiver import BulkReceiver
 
 _PROGRESS_S = 0.2
+_ROUND_PATIENCE_S = 3 * PATIENCE_S  # the source looks through all of a process's memory between two frames
 
 
 class DestinationMigration:
@@ -52,6 +54,7 @@ class DestinationMigration:
         self.builder: Builder | None = None
         self.files = FileReceiver()
         self.receivers: list[BulkReceiver] = []
+        self._bulk: list[socket.socket] = []
         self.fault: socket.socket | None = None
         self._steps: dict[str, float] = {}
 
@@ -71,13 +74,17 @@ class DestinationMigration:
             if await self._negotiate():
                 await self._receive()
         except BaseException as e:
-            if not self.committed:
-                self._abort()
-                known = e if isinstance(e, LazymigError) else LazymigError(repr(e), code="internal")
-                if not isinstance(e, PeerLostError):
-                    with trio.CancelScope(shield=True):
-                        await self.control.send_error(known)
-            raise
+            if self.committed:
+                raise
+            lost = self.builder.lost() if self.builder is not None and isinstance(e, Exception) else None
+            self._abort()
+            known = lost or (e if isinstance(e, LazymigError) else LazymigError(repr(e), code="internal"))
+            if not isinstance(known, PeerLostError):
+                with trio.CancelScope(shield=True):
+                    await self.control.send_error(known)
+            if lost is None:
+                raise
+            raise lost from e
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(1):
                 await self.control.aclose()
@@ -98,7 +105,7 @@ class DestinationMigration:
 
     async def _negotiate(self) -> bool:
         while True:
-            frame, _ = await self.control.expect("ping", "offer")
+            frame, _ = await self.control.expect("ping", "offer", within=PATIENCE_S)
             if frame["t"] == "offer":
                 break
             await self.control.send({"t": "pong"})
@@ -117,10 +124,14 @@ class DestinationMigration:
 
     async def _open_data(self) -> None:
         for _ in range(self.offer.streams + 1):
-            hello, sock = await self._data.receive()
+            with trio.move_on_after(PATIENCE_S) as bound:
+                hello, sock = await self._data.receive()
+            if bound.cancelled_caught:
+                raise self.control.stuck(PATIENCE_S)
             if hello["role"] == "fault" and self.fault is None:
                 self.fault = sock
             elif hello["role"] == "bulk":
+                self._bulk.append(sock)
                 self.receivers.append(BulkReceiver(sock, self.offer.pid, self._built.mem_fd))
             else:
                 raise ProtocolError("unexpected connection", subject=str(hello["role"]))
@@ -131,7 +142,7 @@ class DestinationMigration:
         first = True
         while True:
             frame, attachment = await self.control.expect(
-                "layout", "parent", "round", "drop", "file", "state"
+                "layout", "parent", "round", "drop", "file", "state", within=_ROUND_PATIENCE_S
             )
             if frame["t"] == "file":
                 self.files.handle(dict(frame["head"]), attachment)
@@ -189,8 +200,14 @@ class DestinationMigration:
             r.open_gate(seq, self._built.memory.layout.ranges())
 
     async def _placed(self, seq: int) -> None:
-        for r in self.receivers:
-            receipt = await r.round_done(seq)
+        for r, sock in zip(self.receivers, self._bulk, strict=True):
+            receipt = None
+            while receipt is None:
+                with trio.move_on_after(PATIENCE_S):
+                    receipt = await r.round_done(seq)
+                if receipt is None and idle_s(sock) > PATIENCE_S:
+                    # The source's host keeps the connection alive without it.
+                    raise self.control.stuck(PATIENCE_S)
             self._built.drop(receipt.zero & self._built.memory.layout.ranges())
 
     # ---- the hand-over

@@ -13,7 +13,7 @@ import time
 import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
-from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, decode_body, encode
+from lazymig.migrate.channel import MAX_HELLO, PATIENCE_S, VERSION, Channel, decode_body, encode
 from lazymig.migrate.options import MigrateOptions
 from lazymig.migrate.states import Verdict
 
@@ -21,8 +21,9 @@ CAPABILITIES = ["zero-ranges", "punch-rounds", "lz4", "zstd", "ship-files"]
 _HEAD = 8
 _VERDICT_TIMEOUT_S = 5.0
 _PINGS = 5
+_LAST_DATA_RECV = 52  # tcpi_last_data_recv of struct tcp_info (linux/tcp.h), ms
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 5))
-_USER_TIMEOUT_MS = 20_000
+_USER_TIMEOUT_MS = int(PATIENCE_S * 1000)
 
 
 def tune(sock: socket.socket) -> None:
@@ -34,6 +35,15 @@ def tune(sock: socket.socket) -> None:
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+
+
+def idle_s(sock: socket.socket) -> float:
+    """Seconds since data came last; 0 for what is no TCP connection."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
+    except OSError:
+        return 0.0
+    return int.from_bytes(info[_LAST_DATA_RECV : _LAST_DATA_RECV + 4], "little") / 1e3
 
 
 def tune_trio(stream: trio.SocketStream) -> None:

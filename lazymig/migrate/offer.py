@@ -9,7 +9,7 @@ from typing import Any
 
 from lazymig.errors import LazymigError, ProtocolError, Refusal, RefusedError
 from lazymig.kernel import kdat
-from lazymig.migrate.channel import Channel
+from lazymig.migrate.channel import PATIENCE_S, Channel
 from lazymig.migrate.options import MigrateOptions, Mode, Stdio
 from lazymig.migrate.target import Target
 from lazymig.pb import descriptors_pb2
@@ -218,7 +218,7 @@ async def ship_files(
 async def receive_files(control: Channel, receiver: files.FileReceiver) -> None:
     """Takes files until the source says that these were all."""
     while True:
-        frame, data = await control.expect("file", "files-end")
+        frame, data = await control.expect("file", "files-end", within=PATIENCE_S)
         if frame["t"] == "files-end":
             return
         receiver.handle(dict(frame["head"]), data)

@@ -33,6 +33,7 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
 
     Raises LazymigError only when the engine itself broke down without a word.
     """
+    stopped_before = _stopped(options.pid)
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -53,11 +54,28 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
         final = _follow(ours, on_event)
     os.waitpid(child, 0)
     if not final:
+        if not stopped_before and _stopped(options.pid):
+            on_event({"event": "commit"})  # it got as far as that, and could not tell any more
+            raise LazymigError(
+                "the migration's engine was killed after commit; the original stays frozen",
+                code="engine-lost",
+                hint="look for it on the destination; if it does not run there: kill -CONT it here",
+            )
         raise LazymigError(
-            "the migration's engine was killed",
+            "the migration's engine was killed before commit",
             code="engine-lost",
-            hint="see docs/failure-model.md for who owns it",
+            hint="the process runs on here",
         )
+
+
+def _stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal, or about to be."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
+            fields = dict(line.split(":", 1) for line in f)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return fields["State"].split()[0] == "T" or bool(int(fields["ShdPnd"], 16) >> signal.SIGSTOP - 1 & 1)
 
 
 def _follow(sock: socket.socket, on_event: Callable[[Event], None]) -> bool:

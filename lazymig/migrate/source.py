@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
@@ -22,12 +22,14 @@ from lazymig.errors import (
     PeerLostError,
     ProcessGoneError,
     RefusedError,
+    RemoteSideError,
     SyscallError,
 )
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
 from lazymig.migrate.brake import Brake
 from lazymig.migrate.capture import Capture, capture, rehearse
+from lazymig.migrate.channel import PATIENCE_S
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
 from lazymig.migrate.options import Codec, MigrateOptions, Mode
@@ -47,13 +49,13 @@ Event = dict[str, Any]
 # The sender itself stops compressing where that does not pay.
 _CODECS = {Codec.NONE: None, Codec.AUTO: "lz4", Codec.LZ4: "lz4", Codec.ZSTD: "zstd"}
 _DRAIN_EVENT_S = 0.2
-_REPLY_TIMEOUT_S = 30.0
 _FREEZE_TRIES = 20
 _THAW_S = 0.01
 _PASSING = {"fd-content"}  # reasons that a process that runs on removes by itself
 _FEW = 4 << 20  # bytes that may be sent in the freeze without a thread
 _ASK_AGAIN_S, _ASK_PAUSE_S = 60.0, 0.2
 _LOOK_AGAIN_S = 1.0
+_LAST_WORDS_S = 2.0  # of a destination that gave up: it takes down what it had made first
 
 
 class SourceMigration:
@@ -111,25 +113,31 @@ class SourceMigration:
                 return await self._run()
             raise CancelledMigrationError("cancelled before commit; the process runs on here")
         except BaseException as e:
-            await self._failed(e)
-            raise
+            cause = await self._failed(e)
+            if cause is e:
+                raise
+            raise cause from e
         finally:
             if not self._handed_over:
                 self.target.close()
 
-    async def _failed(self, error: BaseException) -> None:
+    async def _failed(self, error: BaseException) -> BaseException:
+        """Rolls back while that is possible; what is to be told, which may be the cause of ``error``."""
         state = self.machine.state
         if self._handed_over:
             # The process may run over there: here it stays frozen, whatever becomes of this engine.
             if Source.FAILED in SOURCE_TRANSITIONS[state]:
                 self.machine.to(Source.FAILED)
-            return
+            return error
         if state in (Source.DONE, Source.FAILED):
-            return
+            return error
         self.machine.to(Source.ROLLBACK)
         self.target.close()
+        if state is not Source.PREFLIGHT and not isinstance(error, LazymigError) and not self.target.alive():
+            error = ProcessGoneError("it ended", subject=f"pid {self.options.pid}")
         if hasattr(self, "links"):
             with trio.CancelScope(shield=True):
+                error = await self._told(error)
                 known = (
                     error if isinstance(error, LazymigError) else LazymigError(repr(error), code="internal")
                 )
@@ -137,6 +145,21 @@ class SourceMigration:
                     await self.links.control.send_error(known)
                 await self.links.aclose()
         self.machine.to(Source.FAILED)
+        return error
+
+    async def _told(self, error: BaseException) -> BaseException:
+        """When a connection broke: the reason, if the destination tells of one before it has hung up."""
+        broken = error.split(PeerLostError)[0] if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(broken, (BaseExceptionGroup, PeerLostError)):
+            with trio.move_on_after(_LAST_WORDS_S):
+                try:
+                    while True:
+                        await self.links.control.receive()
+                except RemoteSideError as told:
+                    return told
+                except LazymigError:
+                    pass
+        return error
 
     async def _run(self) -> Event:
         self.dumper = DescriptorDumper(
@@ -184,12 +207,11 @@ class SourceMigration:
 
     async def _accepted(self, offer: offers.Offer) -> None:
         """Waits for the destination's word, shipping files that it lacks when that was asked for."""
-        with trio.fail_after(_REPLY_TIMEOUT_S):
-            frame, _ = await self.links.control.expect("accept", "refuse", "want-files")
+        frame, _ = await self.links.control.expect("accept", "refuse", "want-files", within=PATIENCE_S)
         if frame["t"] == "want-files":
             await offers.ship_files(self.files, offer, frame, self.emit)
             await self.links.control.send({"t": "files-end"})
-            frame, _ = await self.links.control.expect("accept", "refuse")
+            frame, _ = await self.links.control.expect("accept", "refuse", within=PATIENCE_S)
         if frame["t"] == "refuse":
             raise RefusedError(offers.refusals_from_wire(frame))
         for note in frame.get("notes", []):
@@ -261,8 +283,7 @@ class SourceMigration:
         if parent and same:
             frame = {"t": "parent", "dir": str(parent.directory), "layer": parent.id}
             await self.links.control.send(frame, same.to_bytes())
-            with trio.fail_after(_REPLY_TIMEOUT_S + same.size / 1e7):
-                await self.links.control.expect("parent-done")
+            await self.links.control.expect("parent-done", within=PATIENCE_S + same.size / 1e7)
             self.emit({"event": "parent", "pages": same.pages, "dir": str(parent.directory)})
         return same
 
@@ -294,8 +315,7 @@ class SourceMigration:
         await self.links.control.send({"t": "round", "seq": self._seq}, gone.to_bytes())
         async with self._braked():
             await self._send_parts(self._seq, parts)
-            with trio.fail_after(_REPLY_TIMEOUT_S + pages.size / 1e6):
-                await self.links.control.expect("round-done")
+            await self.links.control.expect("round-done", within=PATIENCE_S + pages.size / 1e6)
 
     @asynccontextmanager
     async def _braked(self) -> AsyncIterator[None]:
@@ -325,8 +345,7 @@ class SourceMigration:
             await self.links.control.send({"t": "drop"}, pages.to_bytes())
             if len(self.policy.punched) == 1:
                 rehearse()  # once more: the rounds' pages have washed its code and data out of the caches
-            with trio.fail_after(_REPLY_TIMEOUT_S):
-                await self.links.control.expect("dropped")
+            await self.links.control.expect("dropped", within=PATIENCE_S)
 
     async def _drop_last(self, pages: RangeSet, gone: RangeSet) -> None:
         """Has the pages of the last scan dropped while this host stops the process: nobody waits for the answer."""
@@ -409,7 +428,7 @@ class SourceMigration:
             self.links.control.expect_now("dropped")
         ready, _ = self.links.control.expect_now("ready")
         step("prepare")
-        await self._commit(self.target.late_signals(captured.pending[0]))
+        await self._commit(captured.pending[0], self.target.late_signals(captured.pending[0]))
         step("commit")
         downtime = (t[-1] - t[0]) * 1e3 - self.links.round_trip_ms / 2
         anywhere()
@@ -437,19 +456,26 @@ class SourceMigration:
         )
         return *split_eager(layout, pages, needed, mode), (dirty.gone | self._gone) - pages
 
-    async def _commit(self, signals: list[int]) -> None:
+    async def _commit(self, known: Sequence[int], late: list[int]) -> None:
         """Sends the one frame that hands the process over; from here on this host never runs it again.
 
-        ``signals`` came too late for the state and are sent again over there.
+        Signals that came too ``late`` for the state, where those ``known`` are, are sent again over there.
         """
         control = self.links.control
+
+        def hold() -> None:
+            self.target.hold_frozen()
+            # Once more: it may have been killed. (Not only now: the stop has wiped out a SIGCONT that waited.)
+            late[:] = sorted({*late, *self.target.late_signals(known)})
+            self._handed_over = True
+
         with trio.CancelScope(shield=True):
             try:
                 self.machine.take(
                     "ready",
                     {
-                        Act.HOLD: self._hold,
-                        Act.SEND_COMMIT: lambda: control.send_now({"t": "commit", "signals": signals}),
+                        Act.HOLD: hold,
+                        Act.SEND_COMMIT: lambda: control.send_now({"t": "commit", "signals": late}),
                     },
                 )
                 control.expect_now("running")
@@ -458,10 +484,6 @@ class SourceMigration:
                 if not self._handed_over:
                     raise
                 await self._ask_again(e)
-
-    def _hold(self) -> None:
-        self.target.hold_frozen()
-        self._handed_over = True
 
     async def _ask_again(self, lost: LazymigError) -> NoReturn:
         """The commit's answer was lost: asks the destination which of us owns the process; never guesses."""

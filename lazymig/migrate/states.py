@@ -192,7 +192,7 @@ class Machine(Generic[S]):
 
     def __init__(self, host: str, start: S, steps: tuple[Step[S], ...]) -> None:
         self._host = host
-        self._steps = steps
+        self._steps: tuple[Step[S], ...] = steps
         self.state: S = start
         fault_point(host, start)
 

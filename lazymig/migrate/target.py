@@ -177,7 +177,10 @@ class Target:
 
     def hold_frozen(self) -> None:
         """From now on it stays stopped even if this tracer dies: SIGSTOP waits for it behind the ptrace stop."""
-        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            os.kill(self.pid, signal.SIGSTOP)
+        except ProcessLookupError:
+            raise ProcessGoneError("it was killed in the freeze", subject=f"pid {self.pid}") from None
         self._held = True
 
     def release_hold(self) -> None:
@@ -186,8 +189,9 @@ class Target:
             self._held = False
             # The main thread takes it: it alone is set going. A handler may run first, with registers of its own.
             main = self.stopped.threads[0]
-            ptrace.swallow_signal(main.tid, signal.SIGSTOP)
-            main.regs = ptrace.get_regs(main.tid)
+            with contextlib.suppress(ProcessGoneError):
+                ptrace.swallow_signal(main.tid, signal.SIGSTOP)
+                main.regs = ptrace.get_regs(main.tid)
 
     _held = False
     _closed = False
@@ -203,7 +207,7 @@ class Target:
             now = [signal.SIGKILL]
         if signal.SIGKILL in now:
             raise ProcessGoneError("it was killed in the freeze", subject=f"pid {self.pid}")
-        return sorted(set(now) - set(known))
+        return sorted(set(now) - set(known) - {signal.SIGSTOP})
 
     def guards(self, places: RangeSet) -> RangeSet:
         """Guard pages among ``places``."""

@@ -279,14 +279,27 @@ class Skeleton:
         if ret < 0:
             raise SyscallError("munmap", -ret, subject=f"pid {self.pid}")
 
+    def lost(self) -> LazymigError | None:
+        """That the keeper or the husk was killed, if so."""
+        if self.keeper.process.poll() is not None:
+            return LazymigError("the keeper ended", code="keeper-lost", subject=f"pid {self.pid}")
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as f:
+                gone = f.read().rpartition(")")[2].split()[0] in "ZX"
+        except (FileNotFoundError, ProcessLookupError):
+            gone = True
+        if gone:
+            what = "the process under construction was killed"
+            return LazymigError(what, code="husk-lost", subject=f"pid {self.pid}")
+        return None
+
     def confirm(self) -> None:
         """Raises LazymigError ``husk-lost`` when the process under construction was killed."""
         try:
             ptrace.get_regs(self.pid)
         except (SyscallError, ProcessGoneError) as e:
-            raise LazymigError(
-                "the process under construction was killed", code="husk-lost", subject=f"pid {self.pid}"
-            ) from e
+            what = "the process under construction was killed"
+            raise LazymigError(what, code="husk-lost", subject=f"pid {self.pid}") from e
 
     def let_go(self) -> None:
         """Lets all threads run: the process is alive from here on."""

@@ -1,0 +1,61 @@
+"""Everyone ended at every state up to commit, on real processes: exactly one goes on, whole, and nothing else stays.
+
+The cases and what they must lead to are those of lazymig/migrate/failures.py, which docs/failure-model.md shows. A run
+takes some of them by chance (LAZYMIG_SEED=N chooses them again); `make chaos` takes all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from pathlib import Path
+
+import pytest
+from kill_kit import CASES, UP_TO_COMMIT, Case, run_case, there
+
+from lazymig.demo import hosts as isolated
+from lazymig.demo.writer import Writer
+from lazymig.migrate import failures
+from lazymig.migrate.failures import DESTINATION_WHEN, SOURCE_WHEN, TABLE, Who
+
+SEED = int(os.environ.get("LAZYMIG_SEED") or random.SystemRandom().randrange(1 << 32))
+SOME = 9
+CHOSEN = CASES if os.environ.get("LAZYMIG_CHAOS") else random.Random(SEED).sample(CASES, SOME)
+
+
+def test_the_document_shows_the_table():
+    text = (Path(__file__).parent.parent / "docs" / "failure-model.md").read_text()
+    assert failures.markdown() in text, "print it anew: python -m lazymig.migrate.failures"
+
+
+def test_the_table_is_whole():
+    assert set(TABLE) == set(Who)
+    assert all(set(cells) == set(failures.When) for cells in TABLE.values())
+    states = {c.state for c in CASES}
+    assert states == {s for t in (SOURCE_WHEN, DESTINATION_WHEN) for s, w in t.items() if w in UP_TO_COMMIT}
+    assert all(Case(c.who, c.state).owners for c in CASES)
+    assert {c.who for c in CASES} == {w for w in Who if any(there(w, s) for s in states)}
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Two hosts for all cases; each has a daemon and a writer of its own."""
+    with isolated.two_hosts() as pair:
+        yield pair
+
+
+PORTS = itertools.count(7100)
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_one_of_them_ends(both, tmp_path, case):
+    print(f"LAZYMIG_SEED={SEED} chooses this case again")
+    source, destination = both
+    writer = Writer(source, tmp_path / "writer", "--mib", "8", "--threads", "2", "--odd", "--shared")
+    try:
+        run_case(case, source, destination, writer, next(PORTS))
+    finally:
+        for host in both:
+            if host.alive(writer.pid):
+                host.kill(writer.pid)

@@ -1,0 +1,186 @@
+"""What the destination runs out of, loses or has taken between preflight and commit; and peers that are stuck.
+
+The source runs on untouched, nothing stays at the destination, and the message names the cause.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+
+import pytest
+from harness import Snapshot, failed, goes_on, settled, untouched, wait_for
+from kill_kit import children, state_of
+
+from lazymig.demo.hosts import DEVNULL, PIPE
+from lazymig.demo.moves import Daemon
+
+
+def holder(pair, path=None, **streams):
+    """A program that has a file of its own open and mapped, or none."""
+    code = "import mmap, os, time\n"
+    if path is not None:
+        code += f"f = open({str(path)!r}, 'r+b')\nm = mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE)\nm[5] = 7\n"
+    ready = pair.tmp / "ready"
+    code += f"os.mknod({str(ready)!r})\nwhile True: time.sleep(0.01)\n"
+    options = {"stdout": DEVNULL, "stderr": DEVNULL, **streams}
+    started = pair.source.popen([sys.executable, "-c", code], cwd=pair.tmp, **options)
+    wait_for("the program", ready.exists)
+    return started
+
+
+def own_file(pair, size=200_000):
+    """A file in a directory that the destination can be given another of."""
+    directory = pair.tmp / "own"
+    directory.mkdir()
+    path = directory / "data"
+    path.write_bytes(os.urandom(size))
+    return directory, path
+
+
+def small_disk(pair, directory, options):
+    """Another file system there, at the destination only."""
+    pair.destination.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)], check=True)
+
+
+def at_state(pair, program, state, *options, env=None):
+    """A move whose engine has stopped on entering a state; its pid too."""
+    fault = {"LAZYMIG_FAULT": f"source:{state}:stop", **(env or {})}
+    running = pair.start_move(program.pid, *options, env=fault)
+    engine = []
+
+    def stopped():
+        engine[:] = children(pair.source, running.program.pid)
+        return engine and state_of(pair.source, engine[0]) == "T"
+
+    wait_for(f"the engine at {state}", stopped, 60)
+    return running, engine[0]
+
+
+def nothing_happened(pair, program, before, idle, move, code, word):
+    """It failed for this reason before commit, and nothing is left of it on either host."""
+    failed(move)
+    assert move.codes() == [code], f"{move.final} {move.errors}"
+    assert word in str(move.final), move.final
+    untouched(pair.source, program.pid, before)
+    settled(pair.destination, idle)
+    settled(pair.source, {program.pid})
+
+
+def test_the_disk_is_full_for_a_file_that_is_shipped(pair):
+    directory, path = own_file(pair)
+    program, idle = holder(pair, path), pair.known()
+    small_disk(pair, directory, "size=64k")
+    before = Snapshot(pair.source, program.pid)
+    move = pair.move(program.pid, "--copy-files")
+    nothing_happened(pair, program, before, idle, move, "file-copy", str(path))
+    assert "No space left" in str(move.final)
+    assert pair.destination.run(["ls", "-A", str(directory)]).stdout == ""
+
+
+def test_the_disk_is_full_for_the_standard_output(pair):
+    directory, _ = own_file(pair)
+    program, idle = holder(pair, stdout=PIPE), pair.known()
+    small_disk(pair, directory, "size=64k,nr_inodes=1")
+    before = Snapshot(pair.source, program.pid)
+    move = pair.move(program.pid, "--stdio", f"file:{directory}/out")
+    failed(move)
+    assert f"{directory}/out" in str(move.final), move.final
+    assert "space" in str(move.final), move.final
+    untouched(pair.source, program.pid, before)
+    settled(pair.destination, idle)
+
+
+def test_the_destination_has_no_memory(pair):
+    """RLIMIT_AS of the daemon, which its worker and the husk inherit, stands for it: the same calls fail."""
+    writer = pair.writer("--mib", "64")
+    before = Snapshot(pair.source, writer.pid)
+    with Daemon(pair.destination, pair.destination.address, port=7078) as poor:
+        idle = pair.known() | pair._family(pair.destination, poor.program.pid)
+        spawner = children(pair.destination, poor.program.pid)[0]
+        pair.destination.run(["prlimit", f"--as={48 << 20}", "--pid", str(spawner)], check=True)
+        with pair.start_move(writer.pid, "--to", poor.to) as running:
+            move = running.finish()
+        failed(move)
+        assert "memory" in str(move.final).lower(), move.final
+        untouched(pair.source, writer.pid, before)
+        goes_on(writer)
+        settled(pair.destination, idle)
+
+
+def test_a_file_is_removed_after_preflight(pair):
+    directory, path = own_file(pair)
+    program, idle = holder(pair, path), pair.known()
+    spare = pair.tmp / "spare"
+    os.link(path, spare)
+    small_disk(pair, directory, "size=1m")
+    pair.destination.run(["cp", "-p", str(spare), str(path)], check=True)
+    before = Snapshot(pair.source, program.pid)
+    running, engine = at_state(pair, program, "rounds")
+    with running:
+        pair.destination.run(["rm", str(path)], check=True)
+        pair.source.kill(engine, signal.SIGCONT)
+        move = running.finish()
+    nothing_happened(pair, program, before, idle, move, "file-missing", str(path))
+
+
+def test_the_number_is_taken_after_preflight(pair):
+    writer, idle = pair.writer("--threads", "1"), pair.known()
+    before = Snapshot(pair.source, writer.pid)
+    running, engine = at_state(pair, writer, "rounds")
+    with running:
+        other = pair.destination.popen(
+            [
+                sys.executable,
+                "-c",
+                f"import os\nopen('/proc/sys/kernel/ns_last_pid', 'w').write('{writer.pid - 1}')\n"
+                "if os.fork() == 0:\n    os.execv('/bin/sleep', ['sleep', '100'])\nos.wait()",
+            ]
+        )
+        wait_for("the other process", lambda: pair.destination.alive(writer.pid))
+        pair.source.kill(engine, signal.SIGCONT)
+        move = running.finish()
+    nothing_happened(pair, writer, before, idle | {other.pid, writer.pid}, move, "pid-taken", str(writer.pid))
+    assert (pair.destination.proc / str(writer.pid) / "comm").read_text() == "sleep\n"
+    goes_on(writer)
+
+
+PATIENCE = {"LAZYMIG_PATIENCE": "2"}
+
+
+CHAOS = bool(os.environ.get("LAZYMIG_CHAOS"))
+
+
+@pytest.mark.parametrize("state", ["rounds", "freeze", "prepare"] if CHAOS else ["prepare"])
+def test_a_stuck_source_is_noticed(pair, state):
+    """Its engine is stopped, its host answers for it: the destination gives up; so does the source, woken again."""
+    writer = pair.writer()
+    before = Snapshot(pair.source, writer.pid)
+    with Daemon(pair.destination, pair.destination.address, port=7078, env=PATIENCE) as daemon:
+        idle = pair.known() | pair._family(pair.destination, daemon.program.pid)
+        running, engine = at_state(pair, writer, state, "--to", daemon.to, env=PATIENCE)
+        with running:
+            aborted = daemon.until("aborted", 30)
+            assert aborted["error"]["code"] == "peer-stuck"
+            settled(pair.destination, idle)
+            pair.source.kill(engine, signal.SIGCONT)
+            failed(running.finish())
+        untouched(pair.source, writer.pid, before)
+        goes_on(writer)
+
+
+@pytest.mark.parametrize("state", ["offered", "skeleton", "preparing", "ready"] if CHAOS else ["ready"])
+def test_a_stuck_destination_is_noticed(pair, state):
+    writer = pair.writer()
+    before = Snapshot(pair.source, writer.pid)
+    fault = {"LAZYMIG_FAULT": f"destination:{state}:stop"}
+    with Daemon(pair.destination, pair.destination.address, port=7078, env=fault) as daemon:
+        with pair.start_move(writer.pid, "--to", daemon.to, env=PATIENCE) as running:
+            move = failed(running.finish(60))
+        # Who waits for a frame says that it is stuck; who sends pages, that nobody took them; who connects, that it is lost.
+        assert move.codes()[0] in ("peer-stuck", "peer-lost"), move.final
+        assert re.search("does not answer|timed out", str(move.final)), move.final
+        untouched(pair.source, writer.pid, before)
+        goes_on(writer)
