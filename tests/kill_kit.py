@@ -7,13 +7,14 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from harness import Snapshot, goes_on, settled, untouched, wait_for
+from harness import Snapshot, settled, untouched, wait_for
 
 from lazymig.demo.hosts import Host
 from lazymig.demo.moves import Daemon, Migration
-from lazymig.demo.writer import Writer
 from lazymig.migrate.failures import DESTINATION_WHEN, SOURCE_WHEN, TABLE, Owner, When, Who
 from lazymig.migrate.states import Destination, Source
 
@@ -114,24 +115,55 @@ def shut_down_connections(pid: int) -> None:
     os.close(pidfd)
 
 
-def run_case(case: Case, source: Host, destination: Host, writer: Writer, port: int) -> Owner:
-    """Ends one of them at one state of a move of ``writer``, and asserts all that must hold then; says who owns it."""
+class Moving(Protocol):
+    """A program that moves: a Writer, or another with these."""
+
+    pid: int
+    host: Host
+
+
+def run_case(
+    case: Case,
+    source: Host,
+    destination: Host,
+    program: Moving,
+    port: int,
+    check: Callable[[], object],
+    *options: str,
+    layout: bool = True,
+) -> Owner:
+    """Ends one of them at one state of a move of ``program``, and asserts all that must hold then; says who owns it.
+
+    ``check`` asserts that the program is whole and works; its ``host`` is where it runs by then. ``layout``: its
+    mappings do not change by themselves.
+    """
     fault = {"LAZYMIG_FAULT": f"{case.host}:{case.state}:stop"}
-    before = Snapshot(source, writer.pid)
+    pid, before = program.pid, Snapshot(source, program.pid)
     at_source = case.host == "source"
+    env = (fault, None) if at_source else (None, fault)
+    here = {pid, *keepers(source, pid)}
     with (
-        Daemon(destination, destination.address, port=port, env=None if at_source else fault) as daemon,
-        Migration(
-            source, writer.pid, daemon.to, "--mode", "precopy", env=fault if at_source else None
-        ) as running,
+        Daemon(destination, destination.address, port=port, env=env[1]) as daemon,
+        Migration(source, pid, daemon.to, "--mode", "precopy", *options, env=env[0]) as running,
     ):
-        parties = stopped_parties(case, source, destination, daemon, running, writer.pid)
-        end(case.who, parties, source, destination, writer.pid)
+        parties = stopped_parties(case, source, destination, daemon, running, pid)
+        there = {daemon.program.pid, *children(destination, daemon.program.pid)}
+        end(case.who, parties, source, destination, pid)
         stopped = Who.ENGINE if at_source else Who.WORKER
         if case.who is not stopped:
             (source if at_source else destination).kill(parties[stopped], signal.SIGCONT)
         move = running.finish()
-        owner = judge_case(case, source, destination, writer, before, daemon)
+        owner = one_owner(case, source, destination, pid)
+        if owner is Owner.SOURCE:
+            untouched(source, pid, before, layout=layout)
+        program.host = {Owner.DESTINATION: destination}.get(owner, source)
+        if owner is not Owner.NOBODY:
+            check()
+        settled(
+            destination, there | ({pid, *keepers(destination, pid)} if owner is Owner.DESTINATION else set())
+        )
+        settled(source, here if owner is not Owner.NOBODY else None)
+        assert one_owner(case, source, destination, pid) is owner
     if case.who is not Who.COMMAND:
         shown = f"{case}: exit {move.status} {move.final} {move.errors}"
         assert move.status in ((0, 4) if owner is Owner.DESTINATION else (1,)), shown
@@ -183,38 +215,18 @@ def end(who: Who, parties: dict[Who, int], source: Host, destination: Host, pid:
         time.sleep(0.05)
 
 
-def judge_case(case, source, destination, writer, before, daemon) -> Owner:
-    """Asserts that it runs once, whole, where the table has it, and that nothing else stays. Says whose it is."""
-    pid = writer.pid
-    keep = (
-        set() if case.who is Who.DAEMON else {daemon.program.pid, *children(destination, daemon.program.pid)}
-    )
+def one_owner(case: Case, source: Host, destination: Host, pid: int) -> Owner:
+    """Waits until it runs on one of the hosts, or on none where that may be; asserts that it is where it may be."""
 
-    def settled_owner() -> Owner | None:
+    def look() -> Owner | None:
         here, over_there = state_of(source, pid), state_of(destination, pid)
         if here in ("R", "S", "D") and over_there in ("", "Z", "X"):
             return Owner.SOURCE
         if over_there in ("R", "S", "D") and here in ("", "Z", "X", "T"):
             return Owner.DESTINATION
-        if here in ("", "Z", "X") and over_there in ("", "Z", "X"):
-            return Owner.NOBODY
-        return None
+        return Owner.NOBODY if {here, over_there} <= {"", "Z", "X"} else None
 
-    wait_for(f"{case}: one owner", lambda: settled_owner() in case.owners, 100)
-    owner = settled_owner()
+    wait_for(f"{case}: one owner", lambda: look() in case.owners, 100)
+    owner = look()
     assert owner is not None
-    if owner is Owner.SOURCE:
-        untouched(source, pid, before)
-        goes_on(writer, 0.1)
-        settled(destination, keep)
-        settled(source, {pid})
-    elif owner is Owner.DESTINATION:
-        writer.host = destination
-        goes_on(writer, 0.1)
-        assert state_of(source, pid) in ("", "Z", "X", "T", "t"), "the original runs"
-        settled(destination, {*keep, pid, *keepers(destination, pid)})
-        settled(source, {pid})
-    else:
-        settled(destination, keep)
-        settled(source)
     return owner

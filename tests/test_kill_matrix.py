@@ -12,16 +12,25 @@ import random
 from pathlib import Path
 
 import pytest
+from harness import goes_on
 from kill_kit import CASES, UP_TO_COMMIT, Case, run_case, there
 
 from lazymig.demo import hosts as isolated
 from lazymig.demo.writer import Writer
 from lazymig.migrate import failures
 from lazymig.migrate.failures import DESTINATION_WHEN, SOURCE_WHEN, TABLE, Who
+from lazymig.migrate.states import Destination, Source
 
 SEED = int(os.environ.get("LAZYMIG_SEED") or random.SystemRandom().randrange(1 << 32))
-SOME = 9
-CHOSEN = CASES if os.environ.get("LAZYMIG_CHAOS") else random.Random(SEED).sample(CASES, SOME)
+SOME = 8
+# Those that once went wrong: two owners, a frozen process that nobody had, and a lie about who has it.
+ALWAYS = [
+    Case(Who.LINK, Destination.COMMITTING),
+    Case(Who.KEEPER, Source.COMMIT),
+    Case(Who.ENGINE, Destination.COMMITTING),
+]
+BY_CHANCE = random.Random(SEED).sample([c for c in CASES if c not in ALWAYS], SOME)
+CHOSEN = CASES if os.environ.get("LAZYMIG_CHAOS") else ALWAYS + BY_CHANCE
 
 
 def test_the_document_shows_the_table():
@@ -54,7 +63,7 @@ def test_one_of_them_ends(both, tmp_path, case):
     source, destination = both
     writer = Writer(source, tmp_path / "writer", "--mib", "8", "--threads", "2", "--odd", "--shared")
     try:
-        run_case(case, source, destination, writer, next(PORTS))
+        run_case(case, source, destination, writer, next(PORTS), lambda: goes_on(writer, 0.1))
     finally:
         for host in both:
             if host.alive(writer.pid):

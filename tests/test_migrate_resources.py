@@ -179,7 +179,7 @@ def test_a_stuck_destination_is_noticed(pair, state):
     with Daemon(pair.destination, pair.destination.address, port=7078, env=fault) as daemon:
         with pair.start_move(writer.pid, "--to", daemon.to, env=PATIENCE) as running:
             move = failed(running.finish(60))
-        # Who waits for a frame says that it is stuck; who sends pages, that nobody took them; who connects, that it is lost.
+        # Who waits for a frame says that it is stuck, who connects or sends pages that it is lost.
         assert move.codes()[0] in ("peer-stuck", "peer-lost"), move.final
         assert re.search("does not answer|timed out", str(move.final)), move.final
         untouched(pair.source, writer.pid, before)
