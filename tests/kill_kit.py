@@ -27,7 +27,7 @@ CODES = {
     Who.ENGINE: {"engine-lost"},
     Who.LINK: {"peer-lost"},
     Who.WORKER: {"peer-lost"},
-    Who.DAEMON: {"peer-lost", "no-daemon"},
+    Who.DAEMON: {"daemon-lost", "peer-lost", "no-daemon"},
     Who.KEEPER: {"keeper-lost"},
     Who.HUSK: {"husk-lost"},
     Who.PROCESS: {"process-gone"},

@@ -24,7 +24,7 @@ from harness import PROGRAMS, Watched, goes_on, moved
 from kill_kit import CASES, run_case, state_of
 from test_programs_redis import Redis
 
-from lazymig.demo.hosts import Host, Link, two_hosts
+from lazymig.demo.hosts import Host, HostError, Link, two_hosts
 from lazymig.demo.moves import Daemon, migrate
 from lazymig.demo.writer import Writer
 from lazymig.migrate.failures import Owner, Who
@@ -33,6 +33,10 @@ MODES = ("hybrid", "precopy", "postcopy", "stop-and-copy")
 FAULTY = 0.55  # share of the moves in which somebody ends
 KILLS = [c for c in CASES if c.who is not Who.PROCESS]
 SETTLE_S = 0.2
+
+
+class CorruptError(AssertionError):
+    """A program found something wrong with itself, or is gone."""
 
 
 class Traveller:
@@ -61,7 +65,13 @@ class Traveller:
             self.digest = self.program.ask("DEBUG", "DIGEST")
 
     def check(self) -> None:
-        """Asserts that it is whole and works."""
+        """Asserts that it is whole and works. Raises CorruptError."""
+        try:
+            self._check()
+        except (AssertionError, HostError, TimeoutError) as e:
+            raise CorruptError(f"{self.kind}: {e}") from e
+
+    def _check(self) -> None:
         if self.kind == "writer":
             goes_on(self.program, 0.1)
         elif self.kind == "python":
@@ -107,7 +117,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     print(f"seed {arguments.seed}", flush=True)
-    counts: collections.Counter = collections.Counter(moves=0, faults=0, corruptions=0)
+    counts: collections.Counter = collections.Counter(moves=0, faults=0, corruptions=0, violations=0)
     stack: list = []
     ports = itertools.cycle(range(7100, 9100))
     end = time.monotonic() + 60 * arguments.minutes
@@ -117,8 +127,8 @@ def main() -> int:
             travellers = [Traveller(kind, Path(tmp), stack) for kind in arguments.programs.split(",")]
             while time.monotonic() < end:
                 once(rng.choice(travellers), rng, next(ports), counts)
-        except AssertionError as e:
-            counts["corruptions"] += 1
+        except (AssertionError, HostError, TimeoutError) as e:
+            counts["corruptions" if isinstance(e, CorruptError) else "violations"] += 1
             print(f"wrong: {e}", file=sys.stderr)
             status = 1
         finally:

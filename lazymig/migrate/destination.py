@@ -78,7 +78,7 @@ class DestinationMigration:
                 raise
             lost = self.builder.lost() if self.builder is not None and isinstance(e, Exception) else None
             self._abort()
-            known = lost or (e if isinstance(e, LazymigError) else LazymigError(repr(e), code="internal"))
+            known = lost or _explained(e)
             if not isinstance(known, PeerLostError):
                 with trio.CancelScope(shield=True):
                     await self.control.send_error(known)
@@ -312,3 +312,11 @@ class DestinationMigration:
         for r in self.receivers:
             r.close()
         self._built.close()
+
+
+def _explained(e: BaseException) -> LazymigError:
+    if isinstance(e, trio.Cancelled):
+        return LazymigError(
+            "the destination's daemon ended", code="daemon-lost", hint="start it again, and migrate again"
+        )
+    return e if isinstance(e, LazymigError) else LazymigError(repr(e), code="internal")
