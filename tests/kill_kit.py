@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -106,12 +107,16 @@ def shut_down_connections(pid: int) -> None:
     pidfd = os.pidfd_open(pid)
     libc = ctypes.CDLL(None, use_errno=True)
     for name in os.listdir(f"/proc/{pid}/fd"):
-        if not os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
-            continue
         fd = libc.syscall(_PIDFD_GETFD, pidfd, int(name), 0)
-        with socket.socket(fileno=fd) as s:
-            if s.family in (socket.AF_INET, socket.AF_INET6):
-                s.shutdown(socket.SHUT_RDWR)
+        if fd < 0:
+            continue  # closed meanwhile
+        try:
+            with socket.socket(fileno=fd) as s:
+                if s.family in (socket.AF_INET, socket.AF_INET6):
+                    s.shutdown(socket.SHUT_RDWR)
+        except OSError:  # no socket, or not connected any more
+            with contextlib.suppress(OSError):
+                os.close(fd)
     os.close(pidfd)
 
 
