@@ -194,8 +194,9 @@ def stopped_parties(case, source, destination, daemon, running, moved) -> dict[W
             return case.state is Source.PREFLIGHT or Who.WORKER in found
         return Who.WORKER in found and state_of(destination, found[Who.WORKER]) == "T"
 
-    wait_for(f"the engine at {case}", engine, 60)
-    wait_for(f"the worker at {case}", worker, 60)
+    # The one that does not stop is looked for last: until then what is there may be some helper of its beginning.
+    for wait in (engine, worker) if case.host == "source" else (worker, engine):
+        wait_for(f"the {wait.__name__} at {case}", wait, 60)
     if there(Who.KEEPER, case.state):
         wait_for("the keeper", lambda: keepers(destination, moved), 20)
         (found[Who.KEEPER],) = keepers(destination, moved)

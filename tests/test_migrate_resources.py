@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from harness import Snapshot, failed, goes_on, settled, untouched, wait_for
@@ -108,6 +109,42 @@ def test_the_destination_has_no_memory(pair):
         untouched(pair.source, writer.pid, before)
         goes_on(writer)
         settled(pair.destination, idle)
+
+
+def memory_groups():
+    """Where this machine lets cgroups with a limit of memory be made, and the name of the limit; or nothing."""
+    root = Path("/sys/fs/cgroup")
+    controllers = root / "cgroup.subtree_control"
+    if controllers.exists() and "memory" in controllers.read_text().split():
+        found = [(root, "memory.max")]
+    else:
+        found = [(root / "memory", "memory.limit_in_bytes")]
+    return [f for f in found if (f[0] / "cgroup.procs").exists() and os.access(f[0], os.W_OK)]
+
+
+@pytest.mark.parametrize(("root", "limit"), memory_groups())
+def test_the_destination_runs_out_of_memory(pair, root, limit):
+    """In a cgroup of its own: the kernel kills the husk or the worker. (Only where cgroups can be made.)"""
+    group = root / f"lazymig-test-{os.getpid()}"
+    writer = pair.writer("--mib", "128", "--pages-per-tick", "1")
+    before = Snapshot(pair.source, writer.pid)
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(64 << 20))
+        with Daemon(pair.destination, pair.destination.address, port=7078) as poor:
+            idle = pair.known() | pair._family(pair.destination, poor.program.pid)
+            spawner = children(pair.destination, poor.program.pid)[0]
+            (group / "cgroup.procs").write_text(str(pair.destination.outer_pid(spawner)))
+            with pair.start_move(writer.pid, "--to", poor.to) as running:
+                move = failed(running.finish())
+            print(move.final, move.seconds)
+            assert set(move.codes()) & {"husk-lost", "peer-lost", "keeper-lost"}, move.final
+            untouched(pair.source, writer.pid, before)
+            goes_on(writer)
+            settled(pair.destination, idle)
+        wait_for("the group to be empty", lambda: not (group / "cgroup.procs").read_text(), 10)
+    finally:
+        group.rmdir()
 
 
 def test_a_file_is_removed_after_preflight(pair):

@@ -86,6 +86,15 @@ class Writer:
             )
         self.pid = self.program.pid
         self.started = self._next("started", 120)
+        # It says so with its signals blocked still, and whoever looks at it now would take that for its state.
+        end = time.monotonic() + 10
+        while self._blocks(signal.SIGUSR2) and time.monotonic() < end:
+            time.sleep(0.001)
+
+    def _blocks(self, number: int) -> bool:
+        text = (self.host.proc / str(self.pid) / "status").read_text()
+        (mask,) = (line.split()[1] for line in text.splitlines() if line.startswith("SigBlk:"))
+        return bool(int(mask, 16) >> number - 1 & 1)
 
     def mark(self) -> None:
         """Begins measuring anew."""
