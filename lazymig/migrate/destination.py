@@ -94,7 +94,7 @@ class DestinationMigration:
         if self.machine.state is not Destination.ABORTED:
             self.machine.to(Destination.ABORTED)
         for s in self._bulk:
-            # Reset: a mere end does not reach a sender that found no room last, whose probes are answered for long after.
+            # Reset: a mere end does not reach a sender that found no room last, and probes on for long.
             s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         for r in self.receivers:
             r.close()
