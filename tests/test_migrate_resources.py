@@ -137,13 +137,12 @@ def test_the_destination_runs_out_of_memory(pair, root, limit):
             (group / "cgroup.procs").write_text(str(pair.destination.outer_pid(spawner)))
             with pair.start_move(writer.pid, "--to", poor.to) as running:
                 move = failed(running.finish())
-            print(move.final, move.seconds)
             assert set(move.codes()) & {"husk-lost", "peer-lost", "keeper-lost"}, move.final
             untouched(pair.source, writer.pid, before)
             goes_on(writer)
             settled(pair.destination, idle)
-        wait_for("the group to be empty", lambda: not (group / "cgroup.procs").read_text(), 10)
     finally:
+        wait_for("the group to be empty", lambda: not (group / "cgroup.procs").read_text(), 10)
         group.rmdir()
 
 
