@@ -344,6 +344,7 @@ class SourceMigration:
         async with self._braked():
             await self.links.control.send({"t": "drop"}, pages.to_bytes())
             if len(self.policy.punched) == 1:
+                beside(self.options.pid)  # from here on: the caches that are warmed now are this processor's
                 rehearse()  # once more: the rounds' pages have washed its code and data out of the caches
             await self.links.control.expect("dropped", within=PATIENCE_S)
 
