@@ -54,6 +54,15 @@ MODE = click.option(
     "postcopy: all after the switch. stop-and-copy: all in the freeze.",
 )
 
+LINK_TIMEOUT = click.option(
+    "--link-timeout",
+    callback=TIME,
+    metavar="TIME",
+    default=f"{opt.DEFAULT_LINK_TIMEOUT_S:g}s",
+    show_default=True,
+    help="A peer that says nothing for so long counts as lost. After commit the source then dials again.",
+)
+
 
 def _fail(error: LazymigError) -> NoReturn:
     """Prints an error that ends the command and leaves with its status."""
@@ -137,6 +146,7 @@ def check(as_json: bool, no_cache: bool) -> None:
 @click.option(
     "--status-fd", type=click.IntRange(min=0), help="With -D: write a zero byte there once it listens."
 )
+@LINK_TIMEOUT
 @AS_JSON
 def lazy_pages(
     listen: tuple[tuple[str, int], ...],
@@ -147,6 +157,7 @@ def lazy_pages(
     port: int | None,
     protocol: str,
     status_fd: int | None,
+    link_timeout: float,
     as_json: bool,
 ) -> None:
     """Receive processes: the daemon of the destination. With -D: the drop-in for criu lazy-pages.
@@ -164,7 +175,7 @@ def lazy_pages(
 
     shown = report.JsonReporter(sys.stdout) if as_json else report.DaemonReporter(sys.stdout)
     try:
-        run_daemon(opt.DaemonOptions(listen=tuple(listen)), shown.event)
+        run_daemon(opt.DaemonOptions(listen=tuple(listen), link_timeout_s=link_timeout / 1e3), shown.event)
     except LazymigError as e:
         _fail(e)
     except KeyboardInterrupt:
@@ -236,6 +247,7 @@ def lazy_pages(
     help="Compression of bulk pages.",
 )
 @click.option("--streams", type=click.IntRange(1, 16), default=1, show_default=True, help="Bulk connections.")
+@LINK_TIMEOUT
 @AS_JSON
 def migrate(
     pid: int,
@@ -252,6 +264,7 @@ def migrate(
     parent: Path | None,
     compress: str,
     streams: int,
+    link_timeout: float,
     as_json: bool,
 ) -> None:
     """Move the process PID to another host.
@@ -280,6 +293,7 @@ def migrate(
             parent=parent,
             codec=opt.Codec(compress),
             streams=streams,
+            link_timeout_s=link_timeout / 1e3,
         )
     except opt.OptionError as e:
         _fail(e)

@@ -9,7 +9,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
@@ -40,11 +40,12 @@ class Incoming:
     data: socket.socket  # to the worker: further connections; from it: events
     state: str = "offered"
     pid: int = 0
+    report: Event = field(default_factory=dict)  # of a migration that is done
 
     @property
     def verdict(self) -> str:
         """What a source that lost the answer to its commit is told."""
-        if self.state in ("running", "done"):
+        if self.state in ("running", "paused", "done"):
             return "running"
         if self.state == "committing":
             # The worker ended between its promise and the word that it was kept: look.
@@ -59,17 +60,18 @@ class Incoming:
 class Daemon:
     """Accepts migrations until it is cancelled."""
 
-    def __init__(self, spawner: Spawner, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, spawner: Spawner, options: DaemonOptions, on_event: Callable[[Event], None]) -> None:
         self._spawner = spawner
+        self._options = options
         self._emit = on_event
         self._incoming: dict[str, Incoming] = {}
         self._nursery: trio.Nursery
 
-    async def serve(self, options: DaemonOptions) -> None:
+    async def serve(self) -> None:
         """Listens on all addresses."""
         async with trio.open_nursery() as self._nursery:
             listeners = []
-            for host, port in options.listen:
+            for host, port in self._options.listen:
                 try:
                     listeners += await trio.open_tcp_listeners(port, host=host)
                 except OSError as e:
@@ -85,7 +87,7 @@ class Daemon:
                         "event": "listening",
                         "address": bound[0],
                         "port": bound[1],
-                        "insecure": options.insecure,
+                        "insecure": self._options.insecure,
                         "pid": os.getpid(),
                     }
                 )
@@ -95,7 +97,7 @@ class Daemon:
         peer = format_address(*stream.socket.getpeername()[:2])
         channel = Channel(stream, peer)
         try:
-            tune_trio(stream)
+            tune_trio(stream, self._options.link_timeout_s)
             with trio.fail_after(_HELLO_TIMEOUT_S):
                 frame, _ = await channel.receive(max_body=MAX_HELLO)
                 await self._hello(channel, stream, frame)
@@ -120,11 +122,24 @@ class Daemon:
             await channel.send({"t": "verdict", "verdict": incoming.verdict})
         elif role in ("bulk", "fault"):
             await channel.send({"t": "ok"})
-            _blocking(stream)
-            hello = {"role": role, "index": int(frame["index"])}
-            send_fds(incoming.data, msgpack.packb(hello), [stream.socket.fileno()])
+            hello = {"role": role, "index": int(frame["index"]), "epoch": int(frame.get("epoch", 0))}
+            _hand_over(stream, incoming, hello)
+        elif role == "resume":
+            await self._resume(channel, stream, incoming, frame)
         else:
             raise ProtocolError("no such role", subject=str(role)[:40])
+
+    async def _resume(
+        self, channel: Channel, stream: trio.SocketStream, incoming: Incoming, frame: Frame
+    ) -> None:
+        """The source has lost its connections: the worker answers over the new one, if it still needs it."""
+        if incoming.state == "done":
+            await channel.send({"t": "done", **incoming.report})
+            return
+        if incoming.state not in ("running", "paused"):
+            raise LazymigError(f"it is {incoming.state}", code="not-running", subject=str(frame["id"]))
+        hello = {"role": "resume", "epoch": int(frame["epoch"]), "streams": int(frame["streams"])}
+        _hand_over(stream, incoming, {**hello, "peer": channel.peer})
 
     async def _new(self, channel: Channel, stream: trio.SocketStream) -> None:
         active = [i for i in self._incoming.values() if i.data.fileno() >= 0]
@@ -149,13 +164,16 @@ class Daemon:
         with data:
             while message := await _receive_or_nothing(data):
                 event = json.loads(message)
-                incoming.state = str(event.get("event"))
+                if event.get("event") == "progress":
+                    continue
+                incoming.state = {"resumed": "running"}.get(str(event["event"]), str(event["event"]))
+                incoming.report = event.pop("report", {})
                 incoming.pid = int(event.get("pid", incoming.pid))
                 if incoming.state != "committing":
                     self._emit({**event, "id": migration, "peer": incoming.peer})
         incoming.data.close()
-        if incoming.state not in ("done", "aborted", "failed", "committing"):
-            incoming.state = "gone" if incoming.state != "running" else "running"
+        if incoming.state not in ("done", "aborted", "failed", "committing", "running", "paused"):
+            incoming.state = "gone"
 
 
 async def _receive_or_nothing(data: trio.socket.SocketType) -> bytes:
@@ -163,6 +181,17 @@ async def _receive_or_nothing(data: trio.socket.SocketType) -> bytes:
         return await data.recv(65536)
     except OSError:
         return b""
+
+
+def _hand_over(stream: trio.SocketStream, incoming: Incoming, hello: Event) -> None:
+    """Passes a connection to the worker. LazymigError ``busy``."""
+    _blocking(stream)
+    try:
+        send_fds(incoming.data, msgpack.packb(hello), [stream.socket.fileno()])
+    except OSError as e:
+        raise LazymigError(
+            f"its worker takes no connection now ({e.strerror})", code="busy", hint="try again later"
+        ) from e
 
 
 def _blocking(stream: trio.SocketStream) -> None:
@@ -231,17 +260,17 @@ def run_daemon(options: DaemonOptions, on_event: Callable[[Event], None]) -> Non
     """Runs the daemon until SIGINT or SIGTERM. Raises LazymigError when it cannot listen."""
     spawner = Spawner(worker)
     try:
-        trio.run(_until_told, Daemon(spawner, on_event), options)
+        trio.run(_until_told, Daemon(spawner, options, on_event))
     except BaseExceptionGroup as group:
         raise first_error(group) from None
     finally:
         spawner.close()
 
 
-async def _until_told(daemon: Daemon, options: DaemonOptions) -> None:
+async def _until_told(daemon: Daemon) -> None:
     # The handlers are there before anybody is told that the daemon listens, and end it at a place of its own choice.
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(daemon.serve, options)
+            nursery.start_soon(daemon.serve)
             async for _ in signals:
                 nursery.cancel_scope.cancel()

@@ -23,6 +23,7 @@ from lazymig.migrate import offer as offers
 from lazymig.migrate.builder import Builder
 from lazymig.migrate.capture import Capture
 from lazymig.migrate.channel import Channel
+from lazymig.migrate.lazy_phase import Connection, LazyPhase
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
 from lazymig.migrate.states import DESTINATION_TRANSITIONS, Destination, Machine
@@ -32,8 +33,6 @@ from lazymig.process.vmas import Layout, LayoutDiff
 from lazymig.uffd.lazy import LazyMemory
 from page_server.receiver import BulkReceiver
 
-_PROGRESS_S = 0.2
-
 
 class DestinationMigration:
     """One incoming migration."""
@@ -41,7 +40,7 @@ class DestinationMigration:
     def __init__(
         self,
         control: Channel,
-        data: trio.MemoryReceiveChannel[tuple[dict[str, Any], socket.socket]],
+        data: trio.MemoryReceiveChannel[Connection],
         tell: Callable[[dict[str, Any]], None],
     ) -> None:
         self.control = control
@@ -58,7 +57,7 @@ class DestinationMigration:
     @property
     def committed(self) -> bool:
         """Whether the process runs here."""
-        return self.machine.state in (Destination.RUNNING, Destination.DONE)
+        return self.machine.state in (Destination.RUNNING, Destination.PAUSED, Destination.DONE)
 
     @property
     def _built(self) -> Builder:
@@ -137,7 +136,9 @@ class DestinationMigration:
                 self._start(frame)
                 await self._open_data()
                 if self.offer.mode in (Mode.HYBRID, Mode.POSTCOPY):
-                    self._built.lazy = LazyMemory(self._built.uffd, self.fault)
+                    assert self.fault is not None
+                    with self.fault:
+                        self._built.lazy = LazyMemory(self._built.uffd, self.fault)
                     self._built.lazy.start()
                 first = False
             if frame["t"] == "layout":
@@ -252,34 +253,9 @@ class DestinationMigration:
         self._tell({"event": "running", "pid": self.offer.pid})
         anywhere()
         builder.running()
-        if builder.lazy is not None:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell_progress, builder.lazy)
-                await builder.lazy.wait_done()
-                nursery.cancel_scope.cancel()
-        await self._finished()
-
-    async def _tell_progress(self, lazy: LazyMemory) -> None:
-        while True:
-            await trio.sleep(_PROGRESS_S)
-            await self.control.send({"t": "progress", "left": lazy.remaining})
-
-    async def _finished(self) -> None:
-        report: dict[str, Any] = {"stall_ns": 0, "faults": 0, "hist": []}
-        if self._built.lazy is not None:
-            s = self._built.lazy.stats()
-            report = {
-                "stall_ns": s.stall_ns,
-                "faults": s.faults,
-                "zero_faults": s.zero_faults,
-                "hist": list(s.hist),
-            }
-        self._built.complete()
-        self.machine.to(Destination.DONE)
-        await self.control.send({"t": "done", **report, "breakdown": self._steps})
-        self._tell({"event": "done", "pid": self.offer.pid})
-        with trio.move_on_after(5):
-            await self.control.expect("released")
-        for r in self.receivers:
-            r.close()
-        self._built.close()
+        phase = LazyPhase(
+            self.offer.pid, builder.lazy, self.machine, self._data, self._tell, self.control, self.receivers
+        )
+        await phase.run()
+        await phase.finish(builder.complete, self._steps)
+        builder.close()

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 import trio
 
@@ -34,6 +34,7 @@ from lazymig.migrate.options import Codec, MigrateOptions, Mode
 from lazymig.migrate.parts import classify, lazy_capable, locked, split_eager, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
 from lazymig.migrate.rounds import Action, Policy, RoundRecord
+from lazymig.migrate.serve import Serving
 from lazymig.migrate.states import SOURCE_TRANSITIONS, Machine, Source
 from lazymig.migrate.target import Target
 from lazymig.process.descriptors import DescriptorDumper
@@ -46,7 +47,6 @@ from page_server.source import PageSource, SourceStats
 Event = dict[str, Any]
 # The sender itself stops compressing where that does not pay.
 _CODECS = {Codec.NONE: None, Codec.AUTO: "lz4", Codec.LZ4: "lz4", Codec.ZSTD: "zstd"}
-_DRAIN_EVENT_S = 0.2
 _REPLY_TIMEOUT_S = 30.0
 _FREEZE_TRIES = 20
 _THAW_S = 0.01
@@ -162,15 +162,7 @@ class SourceMigration:
             return {"event": "done", "dry_run": True, "pid": self.options.pid}
         await self.links.open_data(self.options)
         rehearse()
-        self.senders = [
-            BulkSender(
-                s,
-                self.options.pid,
-                codec=_CODECS[self.options.codec],
-                limit_bytes_per_s=self.options.bandwidth_limit or 0,
-            )
-            for s in self.links.bulk
-        ]
+        self.senders = self._make_senders()
         if self.options.mode in (Mode.HYBRID, Mode.PRECOPY):
             self.machine.to(Source.TRACK)
             self.target.plant_tracker()
@@ -181,6 +173,12 @@ class SourceMigration:
             await self._send_layout()
         self.machine.to(Source.FREEZE)
         return await self._hand_over()
+
+    def _make_senders(self) -> list[BulkSender]:
+        limit, codec = self.options.bandwidth_limit or 0, _CODECS[self.options.codec]
+        return [
+            BulkSender(s, self.options.pid, codec=codec, limit_bytes_per_s=limit) for s in self.links.bulk
+        ]
 
     async def _accepted(self, offer: offers.Offer) -> None:
         """Waits for the destination's word, shipping files that it lacks when that was asked for."""
@@ -409,7 +407,7 @@ class SourceMigration:
             self.links.control.expect_now("dropped")
         ready, _ = self.links.control.expect_now("ready")
         step("prepare")
-        await self._commit(self.target.late_signals(captured.pending[0]))
+        connected = await self._commit(self.target.late_signals(captured.pending[0]))
         step("commit")
         downtime = (t[-1] - t[0]) * 1e3 - self.links.round_trip_ms / 2
         anywhere()
@@ -420,7 +418,7 @@ class SourceMigration:
         self.emit({"event": "running", "downtime_ms": downtime, "breakdown": dict(self._steps)})
         for warning in ready.get("warnings", []):
             self.emit({"event": "warning", "text": str(warning)})
-        return await self._serve(lazy, eager, downtime)
+        return await self._serve(lazy, eager, downtime, connected)
 
     def _residual(self, captured: Capture) -> tuple[RangeSet, RangeSet, RangeSet]:
         """(eager, lazy, gone): pages to send in the freeze, to serve afterwards, and only to drop."""
@@ -437,10 +435,10 @@ class SourceMigration:
         )
         return *split_eager(layout, pages, needed, mode), (dirty.gone | self._gone) - pages
 
-    async def _commit(self, signals: list[int]) -> None:
+    async def _commit(self, signals: list[int]) -> bool:
         """Sends the one frame that hands the process over; from here on this host never runs it again.
 
-        ``signals`` came too late for the state and are sent again over there.
+        ``signals`` came too late for the state and are sent again over there. Whether the connection still is one.
         """
         self.machine.to(Source.COMMIT)
         self.target.hold_frozen()
@@ -449,10 +447,12 @@ class SourceMigration:
             try:
                 self.links.control.send_now({"t": "commit", "signals": signals})
                 self.links.control.expect_now("running")
+                return True
             except PeerLostError as lost:
                 await self._ask_again(lost)
+        return False
 
-    async def _ask_again(self, lost: Exception) -> NoReturn:
+    async def _ask_again(self, lost: Exception) -> None:
         """The commit's answer was lost: asks the destination which of us owns the process; never guesses."""
         self.emit(
             {"event": "warning", "text": "the answer to the commit was lost: asking the destination again"}
@@ -461,11 +461,7 @@ class SourceMigration:
         while time.monotonic() < deadline:
             verdict = await self.links.ask_verdict(self.options)
             if verdict == "running":
-                raise PeerLostError(
-                    "the destination runs the process, but the connection broke before it had every page",
-                    code="link-lost",
-                    hint="threads that need a missing one wait; the original stays frozen here",
-                ) from lost
+                return
             if verdict == "aborted":
                 self._handed_over = False
                 self.target.release_hold()
@@ -479,34 +475,19 @@ class SourceMigration:
 
     # ---- after commit
 
-    async def _serve(self, lazy: RangeSet, eager: RangeSet, downtime: float) -> Event:
+    async def _serve(self, lazy: RangeSet, eager: RangeSet, downtime: float, connected: bool) -> Event:
         self.machine.to(Source.SERVE)
         with trio.CancelScope(shield=True):
-            done: Event = {}
-
-            async def wait_done() -> None:
-                nonlocal done
-                while True:
-                    got, _ = await self.links.control.expect("progress", "done")
-                    if got["t"] == "done":
-                        done = got
-                        nursery.cancel_scope.cancel()
-                        return
-                    self.emit({"event": "drain", "left": got["left"], "total": lazy.pages})
-
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(wait_done)
-                await self.pages.push(lazy)
-                await trio.sleep_forever()
-            served = self.pages.stats()
-            self.pages.close()
+            serving = Serving(self.options, self.links, self.machine, lazy, self._make_senders, self.emit)
+            if not connected:
+                self.pages.close()
+            done = await serving.run(self.pages if connected else None)
             self.machine.to(Source.RELEASE)
             self.target.abandon()
-            await self.links.control.send({"t": "released"})
-            await self.links.aclose()
+            served = await serving.finish()
             self.machine.to(Source.DONE)
             self.target.close()
-            return self._report(downtime, done, served, lazy, eager)
+            return {**self._report(downtime, done, served, lazy, eager), "pauses": serving.pauses}
         raise AssertionError("nobody cancels this scope")
 
     def _report(
@@ -520,7 +501,7 @@ class SourceMigration:
             "downtime_ms": downtime,
             "breakdown": self._steps,
             "destination_breakdown": done.get("breakdown", {}),
-            "stall_ms": done["stall_ns"] / 1e6,
+            "stall_ms": done.get("stall_ns", 0) / 1e6,
             "total_ms": (time.monotonic() - self._started) * 1e3,
             "rounds": [{**asdict(r), "rate_mbps": r.rate_mbps} for r in self.records],
             "bytes": {
@@ -530,8 +511,8 @@ class SourceMigration:
                 "control": self.links.control.bytes_sent + self.links.control.bytes_received,
             },
             "pages": {"copied": copied, "eager": eager.pages, "lazy": lazy.pages, "pushed": served.pushed},
-            "faults": done["faults"],
-            "fault_histogram_us": done["hist"],
+            "faults": done.get("faults", 0),
+            "fault_histogram_us": done.get("hist", []),
             "peer": self.links.control.peer,
         }
 

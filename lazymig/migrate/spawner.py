@@ -50,8 +50,9 @@ class Spawner:
 
 
 def send_fds(sock: socket.socket, data: bytes, fds: list[int]) -> None:
-    """One message with descriptors."""
-    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())])
+    """One message with descriptors. Never waits: BlockingIOError when the other end does not read."""
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())
+    sock.sendmsg([data], [rights], socket.MSG_DONTWAIT)
 
 
 def fds_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -26,6 +26,7 @@ class Source(enum.StrEnum):
     PREPARE = "prepare"  # the state is on its way
     COMMIT = "commit"  # the one point of no return: the frame is about to be sent
     SERVE = "serve"  # the process runs over there; its pages are here
+    PAUSED = "paused"  # the same, and the connection is lost: dials again
     RELEASE = "release"  # every page has arrived: the original ends
     DONE = "done"
     ROLLBACK = "rollback"  # before commit only: the process runs on here
@@ -40,6 +41,7 @@ class Destination(enum.StrEnum):
     PREPARING = "preparing"
     READY = "ready"
     RUNNING = "running"  # committed: the process runs here, pages are missing
+    PAUSED = "paused"  # the same, and the source is not connected: threads that need a page wait
     DONE = "done"  # every page is here
     ABORTED = "aborted"  # before commit only: nothing is left here
     FAILED = "failed"
@@ -52,7 +54,8 @@ SOURCE_TRANSITIONS: Mapping[Source, frozenset[Source]] = {
     Source.FREEZE: frozenset({Source.PREPARE, Source.ROUNDS, Source.ROLLBACK}),
     Source.PREPARE: frozenset({Source.COMMIT, Source.ROLLBACK}),
     Source.COMMIT: frozenset({Source.SERVE, Source.ROLLBACK, Source.FAILED}),
-    Source.SERVE: frozenset({Source.RELEASE, Source.FAILED}),
+    Source.SERVE: frozenset({Source.RELEASE, Source.PAUSED, Source.FAILED}),
+    Source.PAUSED: frozenset({Source.SERVE, Source.RELEASE, Source.FAILED}),
     Source.RELEASE: frozenset({Source.DONE}),
     Source.ROLLBACK: frozenset({Source.FAILED}),
     Source.DONE: frozenset(),
@@ -63,7 +66,8 @@ DESTINATION_TRANSITIONS: Mapping[Destination, frozenset[Destination]] = {
     Destination.SKELETON: frozenset({Destination.PREPARING, Destination.ABORTED}),
     Destination.PREPARING: frozenset({Destination.READY, Destination.ABORTED}),
     Destination.READY: frozenset({Destination.RUNNING, Destination.ABORTED}),
-    Destination.RUNNING: frozenset({Destination.DONE, Destination.FAILED}),
+    Destination.RUNNING: frozenset({Destination.PAUSED, Destination.DONE, Destination.FAILED}),
+    Destination.PAUSED: frozenset({Destination.RUNNING, Destination.DONE, Destination.FAILED}),
     Destination.ABORTED: frozenset(),
     Destination.DONE: frozenset(),
     Destination.FAILED: frozenset(),

@@ -161,11 +161,14 @@ class LazyMemory:
             hint=f"{s.remaining} pages are pending; threads wait",
         )
 
-    async def wait_done(self) -> None:
-        """Returns when no page is pending. PeerLostError when the fault connection ended before; then ``attach``."""
+    async def wait_done(self, *, connected: bool = True) -> None:
+        """Returns when no page is pending. PeerLostError when the fault connection ended before; then ``attach``.
+
+        ``connected`` False: without such a connection, as pages also go when their process ends or unmaps them.
+        """
         while True:
             error = self.error()
-            if error is not None:
+            if error is not None and (connected or not isinstance(error, (PeerLostError, ProtocolError))):
                 raise error
             if not self.remaining:
                 return
