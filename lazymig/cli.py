@@ -146,6 +146,11 @@ def check(as_json: bool, no_cache: bool) -> None:
 @click.option(
     "--status-fd", type=click.IntRange(min=0), help="With -D: write a zero byte there once it listens."
 )
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help=f"Where a daemon started later finds what this one had under way.  [default: {opt.STATE_ROOT}/daemon-PORT]",
+)
 @LINK_TIMEOUT
 @AS_JSON
 def lazy_pages(
@@ -157,6 +162,7 @@ def lazy_pages(
     port: int | None,
     protocol: str,
     status_fd: int | None,
+    state_dir: Path | None,
     link_timeout: float,
     as_json: bool,
 ) -> None:
@@ -175,7 +181,10 @@ def lazy_pages(
 
     shown = report.JsonReporter(sys.stdout) if as_json else report.DaemonReporter(sys.stdout)
     try:
-        run_daemon(opt.DaemonOptions(listen=tuple(listen), link_timeout_s=link_timeout / 1e3), shown.event)
+        options = opt.DaemonOptions(
+            listen=tuple(listen), link_timeout_s=link_timeout / 1e3, state_dir=state_dir
+        )
+        run_daemon(options, shown.event)
     except LazymigError as e:
         _fail(e)
     except KeyboardInterrupt:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import tempfile
 import time
 
 import pytest
-from harness import goes_on, moved, settled
+from harness import descriptors, goes_on, moved, settled
+
+from lazymig.demo.moves import Daemon
 
 SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "16M", "--link-timeout", "2s")
 
@@ -65,3 +69,70 @@ def test_a_link_that_is_away_for_a_moment(pair):
         time.sleep(0.2)
         pair.source.run(["ip", "link", "set", "eth0", "up"], check=True)
         finished(pair, writer, running)
+
+
+def parts(pair):
+    """(daemon, spawner, workers, keepers): the pids on the destination."""
+    daemon = pair.daemon.program.pid
+    found = {"daemon": {daemon}, "worker": set(), "keeper": set()}
+    for pid in pair.destination.pids():
+        here = pair.destination.proc / str(pid)
+        try:
+            if (here / "comm").read_text() == "lazymig-keeper\n":
+                found["keeper"].add(pid)
+            elif pid in pair.known() and any(
+                "userfaultfd" in n for n in descriptors(pair.destination, pid).values()
+            ):
+                found["worker"].add(pid)
+        except OSError:
+            continue
+    return found
+
+
+def half_way(pair, writer, running):
+    running.until("running", 60)
+    time.sleep(0.3)
+    writer.host = pair.destination
+
+
+def test_a_worker_that_is_killed_has_a_successor(pair):
+    writer = lazy_writer(pair, "--churn")
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        for _ in range(2):
+            (worker,) = parts(pair)["worker"]
+            pair.destination.kill(worker)
+            running.until("resumed", 30)
+        move = finished(pair, writer, running)
+    assert move.number("pauses") >= 2
+
+
+@pytest.mark.parametrize("who", ["daemon", "daemon and worker"])
+def test_a_daemon_started_again_goes_on(pair, who):
+    """The new daemon finds the worker that lives on, or the keeper of the one that does not."""
+    writer = lazy_writer(pair, "--churn")
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon,
+    ):
+        pair.daemon = daemon
+        with pair.start_move(writer.pid, *SLOWLY) as running:
+            half_way(pair, writer, running)
+            family = parts(pair)
+            pair.destination.kill(daemon.program.pid)
+            if "worker" in who:
+                for pid in family["worker"]:
+                    pair.destination.kill(pid)
+                running.until("paused", 30)
+            else:
+                pair.source.run(["ss", "-t", "-K", "dst", ":7078"], check=True)
+            daemon.program.wait(10)
+            with Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon:
+                running.until("resumed", 30)
+                finished(pair, writer, running)
+
+
+@contextlib.contextmanager
+def state_directory():
+    with tempfile.TemporaryDirectory(prefix="lazymig-") as path:
+        yield "--state-dir", path

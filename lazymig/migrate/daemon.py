@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import secrets
@@ -16,19 +15,21 @@ import msgpack
 import trio
 
 from lazymig.errors import LazymigError, ProtocolError
-from lazymig.kernel import ptrace
+from lazymig.migrate import registry
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame
-from lazymig.migrate.destination import DestinationMigration
 from lazymig.migrate.links import CAPABILITIES, tune_trio
 from lazymig.migrate.options import DaemonOptions, format_address
-from lazymig.migrate.placement import give_way
 from lazymig.migrate.session import first_error
-from lazymig.migrate.spawner import Spawner, fds_of, send_fds
+from lazymig.migrate.spawner import Spawner, send_fds
+from lazymig.migrate.worker import dial_worker, runs_under_keeper, worker
 
 Event = dict[str, Any]
 MAX_MIGRATIONS = 64
 MAX_REMEMBERED = 1024
 _HELLO_TIMEOUT_S = 10.0
+_REVIVE_AFTER_S = 0.1
+_REVIVE_AT_MOST_S = 10.0
+_RUNS = ("running", "paused", "failed")  # the process runs here: these never lead back
 
 
 @dataclass(slots=True)
@@ -45,16 +46,16 @@ class Incoming:
     @property
     def verdict(self) -> str:
         """What a source that lost the answer to its commit is told."""
-        if self.state in ("running", "paused", "done"):
+        if self.state in _RUNS or self.state in ("done", "lost"):
             return "running"
         if self.state == "committing":
             # The worker ended between its promise and the word that it was kept: look.
             return (
                 "unknown"
                 if self.data.fileno() >= 0
-                else ("running" if _runs_under_keeper(self.pid) else "aborted")
+                else ("running" if runs_under_keeper(self.pid) else "aborted")
             )
-        return "aborted" if self.state in ("aborted", "failed", "gone") else "unknown"
+        return "aborted" if self.state in ("aborted", "gone") else "unknown"
 
 
 class Daemon:
@@ -64,12 +65,14 @@ class Daemon:
         self._spawner = spawner
         self._options = options
         self._emit = on_event
+        self._directory = options.state_directory
         self._incoming: dict[str, Incoming] = {}
         self._nursery: trio.Nursery
 
     async def serve(self) -> None:
         """Listens on all addresses."""
         async with trio.open_nursery() as self._nursery:
+            self._remember()
             listeners = []
             for host, port in self._options.listen:
                 try:
@@ -133,6 +136,13 @@ class Daemon:
         self, channel: Channel, stream: trio.SocketStream, incoming: Incoming, frame: Frame
     ) -> None:
         """The source has lost its connections: the worker answers over the new one, if it still needs it."""
+        if incoming.state == "lost":
+            raise LazymigError(
+                "what kept the process's missing pages waiting was killed: they cannot be put in any more",
+                code="pages-lost",
+                subject=f"pid {incoming.pid}",
+                hint="end the process there; the original is still whole, stopped",
+            )
         if incoming.state == "done":
             await channel.send({"t": "done", **incoming.report})
             return
@@ -153,27 +163,88 @@ class Daemon:
         await channel.send({**welcome, "capabilities": CAPABILITIES})
         _blocking(stream)
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as control:
-            data = self._spawner.spawn(control, {"id": migration, "peer": channel.peer})
+            meta = {"id": migration, "peer": channel.peer, "secret": secret}
+            data = self._spawner.spawn({**meta, "directory": str(self._directory)}, control)
         incoming = self._incoming[migration] = Incoming(secret, channel.peer, data)
         self._emit({"event": "incoming", "id": migration, "peer": channel.peer})
         self._nursery.start_soon(self._watch, migration, incoming)
 
     async def _watch(self, migration: str, incoming: Incoming) -> None:
-        """Follows a worker's events to its end."""
-        data = trio.socket.from_stdlib_socket(incoming.data.dup())
-        with data:
+        """Follows a worker's events to its end; when that comes after commit and too early, finds another."""
+        delay = 0.0
+        while True:
+            if incoming.data.fileno() >= 0:
+                await self._follow(migration, incoming)
+                incoming.data.close()
+            if incoming.state == "committing" and runs_under_keeper(incoming.pid):
+                incoming.state = "running"
+            if incoming.state not in ("running", "paused", "interrupted"):
+                break
+            await trio.sleep(delay)
+            delay = min(max(2 * delay, _REVIVE_AFTER_S), _REVIVE_AT_MOST_S)
+            await self._revive(migration, incoming)
+        if incoming.state not in ("done", "lost", "aborted", "failed", "committing"):
+            incoming.state = "gone"
+
+    async def _follow(self, migration: str, incoming: Incoming) -> None:
+        with trio.socket.from_stdlib_socket(incoming.data.dup()) as data:
             while message := await _receive_or_nothing(data):
                 event = json.loads(message)
-                if event.get("event") == "progress":
-                    continue
-                incoming.state = {"resumed": "running"}.get(str(event["event"]), str(event["event"]))
+                state = str(event["event"])
+                if state == "failed" and event["error"]["code"] in ("in-use", "keeper-lost"):
+                    return  # a successor that came too early or too late; `_revive` finds out
+                incoming.state = {"resumed": "running", "adopted": "paused"}.get(state, state)
                 incoming.report = event.pop("report", {})
                 incoming.pid = int(event.get("pid", incoming.pid))
                 if incoming.state != "committing":
                     self._emit({**event, "id": migration, "peer": incoming.peer})
-        incoming.data.close()
-        if incoming.state not in ("done", "aborted", "failed", "committing", "running", "paused"):
-            incoming.state = "gone"
+
+    async def _revive(self, migration: str, incoming: Incoming) -> None:
+        """Looks for who sees to a process that runs here, or starts somebody; or finds that it is too late."""
+        found = [e for e in registry.entries(self._directory) if e["id"] == migration]
+        if not found:
+            incoming.state = "gone" if incoming.state == "interrupted" else "failed"
+        elif found[0]["alive"]:
+            sock = await trio.to_thread.run_sync(dial_worker, self._directory, migration)
+            if sock is not None:
+                incoming.data = sock
+                incoming.state = str(found[0]["state"])
+        elif found[0]["state"] == "done":
+            incoming.state, incoming.report = "done", dict(found[0].get("report", {}))
+        elif (self._directory / f"{migration}.keeper").exists():
+            fields = {k: v for k, v in found[0].items() if k not in ("id", "alive", "state")}
+            meta = {"id": migration, "pid": int(found[0]["pid"]), "directory": str(self._directory)}
+            incoming.data = self._spawner.spawn({**meta, "fields": fields})
+        else:
+            self._without_keeper(migration, incoming, found[0])
+
+    def _without_keeper(self, migration: str, incoming: Incoming, entry: Event) -> None:
+        if incoming.state == "interrupted" and entry["state"] == "receiving":
+            incoming.state = "gone"  # before commit: it never ran here
+            registry.forget(self._directory, migration)
+        elif runs_anyway(incoming.pid) and registry.start_time(incoming.pid) == entry.get("start"):
+            incoming.state = "lost"
+            self._emit({"event": "lost", "id": migration, "peer": incoming.peer, "pid": incoming.pid})
+        else:
+            incoming.state = "done"  # it has ended, and its keeper with it
+            registry.forget(self._directory, migration)
+            self._emit({"event": "ended", "id": migration, "peer": incoming.peer, "pid": incoming.pid})
+
+    def _remember(self) -> None:
+        """Takes up what a daemon before this one had under way."""
+        data = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        data.close()
+        for entry in list(registry.entries(self._directory)):
+            if registry.is_stale(entry):
+                registry.forget(self._directory, entry["id"])
+                continue
+            incoming = Incoming(
+                str(entry["secret"]), str(entry["peer"]), data, "interrupted", int(entry["pid"])
+            )
+            if entry["state"] in ("running", "paused", "done"):
+                incoming.state = "paused"
+            self._incoming[entry["id"]] = incoming
+            self._nursery.start_soon(self._watch, entry["id"], incoming)
 
 
 async def _receive_or_nothing(data: trio.socket.SocketType) -> bytes:
@@ -199,72 +270,31 @@ def _blocking(stream: trio.SocketStream) -> None:
     os.set_blocking(stream.socket.fileno(), True)
 
 
-def _runs_under_keeper(pid: int) -> bool:
-    """Whether the moved process lives, released by a worker that is gone."""
+def runs_anyway(pid: int) -> bool:
+    """Whether a process with this number lives."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-            fields = f.read().rpartition(")")[2].split()
-        with open(f"/proc/{fields[1]}/comm", encoding="utf-8") as f:
-            return fields[0] not in "ZX" and f.read().strip() == "lazymig-keeper"
+            return f.read().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def worker(control: socket.socket, data: socket.socket, meta: dict[str, str]) -> None:
-    """A worker's main function: receives one process, telling the daemon of its states."""
-    ptrace.block_sigchld()
-    give_way(None)
-    gc.disable()  # a worker lives for one migration, and a collection in the freeze would be downtime
-    trio.run(_work, control, data, meta)
-
-
-async def _work(control: socket.socket, data: socket.socket, meta: dict[str, str]) -> None:
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
-    from_daemon = trio.socket.from_stdlib_socket(data)
-    send, receive = trio.open_memory_channel[tuple[dict[str, Any], socket.socket]](32)
-
-    def tell(event: Event) -> None:
-        try:
-            data_out.send(json.dumps(event).encode())
-        except OSError:
-            pass  # the daemon is gone; before commit the watch below cancels
-
-    data_out = data.dup()
-    migration = DestinationMigration(Channel(stream, meta["peer"]), receive, tell)
-
-    async def connections(scope: trio.CancelScope) -> None:
-        while True:
-            try:
-                message, ancillary, _, _ = await from_daemon.recvmsg(4096, 64, socket.MSG_CMSG_CLOEXEC)
-            except OSError:
-                message = b""
-            if not message:
-                break
-            (fd,) = fds_of(ancillary)
-            await send.send((msgpack.unpackb(message), socket.socket(fileno=fd)))
-        # The daemon was killed. A process that runs here already is seen through; others are given up.
-        if not migration.committed:
-            scope.cancel()
-
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(connections, nursery.cancel_scope)
-            await migration.run()
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        error = first_error(group)
-        tell({"event": "failed" if migration.committed else "aborted", "error": error.to_wire()})
-
-
 def run_daemon(options: DaemonOptions, on_event: Callable[[Event], None]) -> None:
-    """Runs the daemon until SIGINT or SIGTERM. Raises LazymigError when it cannot listen."""
+    """Runs the daemon until SIGINT or SIGTERM. Raises LazymigError when it cannot listen, or its state is in use."""
+    directory = registry.private_directory(options.state_directory)
     spawner = Spawner(worker)
+    lock = -1
     try:
+        lock = registry.lock_directory(
+            directory
+        )  # after the fork: workers outlive the daemon, and must not have it
         trio.run(_until_told, Daemon(spawner, options, on_event))
     except BaseExceptionGroup as group:
         raise first_error(group) from None
     finally:
         spawner.close()
+        if lock >= 0:
+            os.close(lock)
 
 
 async def _until_told(daemon: Daemon) -> None:

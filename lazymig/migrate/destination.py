@@ -26,10 +26,12 @@ from lazymig.migrate.channel import Channel
 from lazymig.migrate.lazy_phase import Connection, LazyPhase
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
+from lazymig.migrate.registry import Entry
 from lazymig.migrate.states import DESTINATION_TRANSITIONS, Destination, Machine
 from lazymig.pb import descriptors_pb2
 from lazymig.process.files import FileReceiver
 from lazymig.process.vmas import Layout, LayoutDiff
+from lazymig.skeleton.keeper import Listening
 from lazymig.uffd.lazy import LazyMemory
 from page_server.receiver import BulkReceiver
 
@@ -42,10 +44,12 @@ class DestinationMigration:
         control: Channel,
         data: trio.MemoryReceiveChannel[Connection],
         tell: Callable[[dict[str, Any]], None],
+        entry: Entry,
     ) -> None:
         self.control = control
         self._data = data
         self._tell = tell  # events for the daemon
+        self.entry = entry  # for whoever goes on when this process dies
         self.machine = Machine("destination", Destination.OFFERED, DESTINATION_TRANSITIONS)
         self.offer: offers.Offer
         self.builder: Builder | None = None
@@ -89,6 +93,7 @@ class DestinationMigration:
         if self.builder is not None:
             self.builder.abandon()
         self.files.undo()
+        self.entry.remove()
 
     # ---- before the skeleton
 
@@ -165,7 +170,9 @@ class DestinationMigration:
         if frame["t"] != "layout":
             raise ProtocolError("the first frame is not a layout")
         layout = Layout(LayoutDiff.from_wire(frame["diff"]).map)
-        self.builder = Builder(self.offer.pid, layout)
+        with Listening(self.entry.path.with_suffix(".keeper")) as listening:
+            self.builder = Builder(self.offer.pid, layout, listening)
+        self.entry.set(pid=self.offer.pid, state="receiving", mode=str(self.offer.mode))
         self.machine.to(Destination.SKELETON)
         draft = descriptors_pb2.DescriptorsDump.FromString(self.offer.fds)
         self.builder.open(draft, self.offer.highest_fd)
@@ -256,6 +263,7 @@ class DestinationMigration:
         phase = LazyPhase(
             self.offer.pid, builder.lazy, self.machine, self._data, self._tell, self.control, self.receivers
         )
+        phase.note(self.entry)
         await phase.run()
         await phase.finish(builder.complete, self._steps)
         builder.close()

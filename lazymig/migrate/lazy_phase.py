@@ -14,6 +14,7 @@ import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.migrate.channel import Channel
+from lazymig.migrate.registry import Entry, start_time
 from lazymig.migrate.states import Destination, Machine
 from lazymig.uffd.lazy import LazyMemory
 from page_server.receiver import BulkReceiver
@@ -23,6 +24,7 @@ Connection = tuple[Mapping[str, Any], socket.socket]  # its hello, and what it i
 _PROGRESS_S = 0.2
 _RESUME_TIMEOUT_S = 15.0
 _RELEASED_TIMEOUT_S = 5.0
+_LOOK_EVERY_S = 1.0
 _MAX_STREAMS = 16
 
 
@@ -45,6 +47,18 @@ class LazyPhase:
         self._next: Connection | None = None  # the source has dialled again
         self._fault: socket.socket | None = None
         self.peer = control.peer if control is not None else ""
+        self._entry: Entry | None = None
+
+    def note(self, entry: Entry) -> None:
+        """Keeps ``entry`` up to date from now on."""
+        self._entry = entry
+        left = 0 if self.lazy is None else self.lazy.remaining
+        start = start_time(self.pid)
+        entry.set(state=str(self._machine.state), pid=self.pid, start=start, left=left, total=left)
+
+    def _noted(self, **fields: Any) -> None:  # noqa: ANN401
+        if self._entry is not None:
+            self._entry.set(state=str(self._machine.state), **fields)
 
     async def run(self) -> None:
         """Returns when every page is here. SyscallError: the memory itself can be served no more."""
@@ -75,7 +89,8 @@ class LazyPhase:
             while True:
                 await trio.sleep(_PROGRESS_S)
                 await control.send({"t": "progress", "left": lazy.remaining})
-                self._tell({"event": "progress", "left": lazy.remaining})
+                if self._entry is not None:
+                    self._entry.left(lazy.remaining)
 
         async def listen() -> LazymigError:
             frame, _ = await control.receive()
@@ -107,6 +122,7 @@ class LazyPhase:
     async def _pause(self, lost: LazymigError, lazy: LazyMemory) -> None:
         await self._hang_up()
         self._machine.to(Destination.PAUSED)
+        self._noted(left=lazy.remaining)
         self._tell({"event": "paused", "pid": self.pid, "left": lazy.remaining, "error": lost.to_wire()})
 
     async def _hang_up(self) -> None:
@@ -136,8 +152,14 @@ class LazyPhase:
             whole = True
             nursery.cancel_scope.cancel()
 
+        async def look() -> None:
+            while True:
+                await trio.sleep(_LOOK_EVERY_S)
+                lazy.look()
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(done)
+            nursery.start_soon(look)
             while self.control is None:
                 if self._next is None:
                     self._next = await self._dialled()
@@ -162,6 +184,7 @@ class LazyPhase:
                 lazy.attach(self._fault)
             self.control, self.receivers = control, receivers
             self._machine.to(Destination.RUNNING)
+            self._noted(peer=self.peer)
             self._tell({"event": "resumed", "pid": self.pid, "left": lazy.remaining, "peer": self.peer})
         except (LazymigError, trio.TooSlowError, KeyError, TypeError, ValueError):
             # The source notices, and dials again.
@@ -208,18 +231,23 @@ class LazyPhase:
 
     async def finish(self, complete: Callable[[], None], breakdown: Mapping[str, float]) -> None:
         """Every page is here: lets go of the memory, and tells everybody; the source need not hear it from here."""
+        if self.lazy is not None and self.lazy.remaining:
+            raise AssertionError(f"{self.lazy.remaining} pages are missing")
         report = {**self.report(), "breakdown": dict(breakdown)}
         for r in self.receivers:
             r.close()
         self.receivers = []
         complete()
         self._machine.to(Destination.DONE)
+        self._noted(left=0, report=report)
         self._tell({"event": "done", "pid": self.pid, "report": report})
         if self.control is not None:
             with trio.move_on_after(_RELEASED_TIMEOUT_S):
                 try:
                     await self.control.send({"t": "done", **report})
                     await self.control.expect("released")
+                    if self._entry is not None:
+                        self._entry.remove()
                 except LazymigError:
                     pass  # it asks the daemon
         await self._hang_up()

@@ -13,6 +13,7 @@ from lazymig.errors import LazymigError
 DEFAULT_PORT = 7077
 DEFAULT_MAX_DOWNTIME_MS = 5.0
 DEFAULT_MAX_ROUNDS = 30
+STATE_ROOT = Path("/run/lazymig")
 DEFAULT_LINK_TIMEOUT_S = 20.0
 LOOPBACK = "127.0.0.1"
 
@@ -98,6 +99,12 @@ class DaemonOptions:
 
     listen: tuple[tuple[str, int], ...] = ((LOOPBACK, DEFAULT_PORT),)
     link_timeout_s: float = DEFAULT_LINK_TIMEOUT_S  # a peer silent for so long is lost
+    state_dir: Path | None = None  # where the next daemon finds what this one had under way
+
+    @property
+    def state_directory(self) -> Path:
+        """The directory of the state: one for each port, unless told otherwise."""
+        return self.state_dir or STATE_ROOT / f"daemon-{self.listen[0][1]}"
 
     def __post_init__(self) -> None:
         if not self.listen:

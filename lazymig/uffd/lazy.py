@@ -59,6 +59,7 @@ class LazyMemory:
             os.close(self._done_fd)
             raise SyscallError("epoll_create1", ffi.errno, subject="lazy memory")
         self._thread: threading.Thread | None = None
+        self.record: object = None  # what the table writes to must not go away before it
         if fault_sock is not None:
             self.attach(fault_sock)
 
@@ -177,6 +178,10 @@ class LazyMemory:
                 os.eventfd_read(self._done_fd)
             except BlockingIOError:
                 await trio.lowlevel.checkpoint()
+
+    def look(self) -> None:
+        """Finds out which processes have ended: their pages are not pending any more."""
+        lib.lm_lazy_look(self.table)
 
     def close(self, *, abandon: bool = False) -> None:
         """Lets go of the process: unregisters all areas, then ends the loop. Again is allowed.

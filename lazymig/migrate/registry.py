@@ -1,0 +1,139 @@
+"""What a host has under way, in files that outlive the processes that do it: ``lazymig migrations`` reads them.
+
+Each migration has a directory entry ``ID.json`` in a directory that only its owner may enter. Whoever does the work
+holds a lock (flock) on the file, so that readers know whether anybody does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lazymig.errors import LazymigError
+from lazymig.migrate.options import STATE_ROOT
+
+ENGINES = STATE_ROOT / "engines"
+_LOCK = "daemon.lock"
+_EVERY_S = 1.0
+_KEEP_DONE_S = 24 * 3600.0  # a source that was away may still ask for the end of its migration
+
+
+def private_directory(path: Path) -> Path:
+    """Makes it, for its owner only. LazymigError ``unsafe-directory`` when others may write in it, or read."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.stat()
+    except OSError as e:
+        raise LazymigError(e.strerror or str(e), code="state-directory", subject=str(path)) from e
+    if info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise LazymigError(
+            "others than its owner may enter it",
+            code="unsafe-directory",
+            subject=str(path),
+            hint=f"chmod 700 {path}, or give another --state-dir",
+        )
+    return path
+
+
+def lock_directory(path: Path) -> int:
+    """Makes this process the one daemon of a state directory; the descriptor holds that. LazymigError ``in-use``."""
+    fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise LazymigError(
+            "another daemon uses it", code="in-use", subject=str(path), hint="give another --state-dir"
+        ) from None
+    return fd
+
+
+class Entry:
+    """One migration's file, locked for as long as this object lives."""
+
+    def __init__(self, directory: Path, number: str, **fields: Any) -> None:  # noqa: ANN401
+        self.path = directory / f"{number}.json"
+        self.fields: dict[str, Any] = {"id": number, **fields}
+        self._fd = -1
+        self._written = 0.0
+
+    def set(self, **fields: Any) -> None:  # noqa: ANN401
+        """Changes some fields, and writes the file anew; ``since`` is when the state last changed."""
+        if fields.get("state", self.fields.get("state")) != self.fields.get("state") or self._fd < 0:
+            self.fields["since"] = time.time()
+        self.fields.update(fields)
+        self._written = time.monotonic()
+        name = self.path.with_suffix(".new")
+        # A full or missing file system must not end what the file only tells of.
+        with contextlib.suppress(OSError):
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(fd, json.dumps(self.fields).encode())
+            name.rename(self.path)
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = fd
+
+    def left(self, pages: int) -> None:
+        """Notes how many pages are missing, at most once a second."""
+        if time.monotonic() - self._written > _EVERY_S:
+            self.set(left=pages)
+
+    def remove(self) -> None:
+        """The migration is over, and nobody will ask for it."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the lock; the file stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def start_time(pid: int) -> int:
+    """When a process began, in ticks since boot: with the number, it says which process is meant. 0: none."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+            return int(f.read().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def entries(directory: Path) -> Iterator[dict[str, Any]]:
+    """All migrations of a directory, with ``alive`` telling whether any process sees to them."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fields = json.loads(os.read(fd, 1 << 20))
+            alive = False
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                alive = True
+        except (OSError, ValueError):
+            continue
+        finally:
+            os.close(fd)
+        if isinstance(fields, dict) and fields.get("id") == path.stem:
+            yield {**fields, "alive": alive}
+
+
+def forget(directory: Path, number: str) -> None:
+    """Removes a migration that nobody sees to."""
+    for suffix in ("json", "new", "keeper", "worker"):
+        (directory / f"{number}.{suffix}").unlink(missing_ok=True)
+
+
+def is_stale(entry: dict[str, Any]) -> bool:
+    """Whether a migration that is done has been kept for long enough."""
+    return entry.get("state") == "done" and time.time() - float(entry.get("since", 0)) > _KEEP_DONE_S

@@ -1,0 +1,178 @@
+"""A worker: the process that receives one process. Started for a new migration, or to go on with one whose worker died.
+
+It outlives the daemon once the process runs here: then it listens beside its entry in the state directory, and the
+next daemon connects to it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import trio
+
+from lazymig.errors import LazymigError
+from lazymig.kernel import ptrace
+from lazymig.migrate.channel import Channel
+from lazymig.migrate.destination import DestinationMigration
+from lazymig.migrate.lazy_phase import Connection, LazyPhase
+from lazymig.migrate.placement import give_way
+from lazymig.migrate.registry import Entry
+from lazymig.migrate.session import first_error
+from lazymig.migrate.spawner import fds_of
+from lazymig.migrate.states import DESTINATION_TRANSITIONS, Destination, Machine
+from lazymig.skeleton.keeper import Keeper, Listening, dial
+from lazymig.uffd.lazy import LazyMemory
+from lazymig.uffd.record import LazyRecord
+from lazymig.uffd.uffd import Userfaultfd
+
+Event = dict[str, Any]
+_QUEUED = 32
+
+
+class Worker:
+    """A worker's links to the daemon, whichever daemon that is."""
+
+    def __init__(self, data: socket.socket, entry: Entry) -> None:
+        self.entry = entry
+        self.committed: Callable[[], bool] = lambda: True
+        self._data = data
+        self._send, self.connections = trio.open_memory_channel[Connection](_QUEUED)
+
+    def tell(self, event: Event) -> None:
+        """Tells the daemon of an event, if there is one."""
+        try:
+            self._data.send(json.dumps(event).encode(), socket.MSG_DONTWAIT)
+        except OSError:
+            pass  # it is gone; before commit `run` cancels
+
+    async def run(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Does ``work`` while connections come from the daemon."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._follow, nursery.cancel_scope)
+                await work()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            error = first_error(group)
+            self.tell({"event": "failed" if self.committed() else "aborted", "error": error.to_wire()})
+
+    async def _follow(self, scope: trio.CancelScope) -> None:
+        while True:
+            await self._take_connections()
+            # The daemon was killed. A process that runs here already is seen through; others are given up.
+            if not self.committed():
+                scope.cancel()
+                return
+            await self._next_daemon()
+
+    async def _take_connections(self) -> None:
+        with trio.socket.from_stdlib_socket(self._data.dup()) as data:
+            while True:
+                try:
+                    message, ancillary, _, _ = await data.recvmsg(4096, 64, socket.MSG_CMSG_CLOEXEC)
+                except OSError:
+                    return
+                if not message:
+                    return
+                (fd,) = fds_of(ancillary)
+                with contextlib.suppress(trio.WouldBlock):  # too many: whoever dialled does so again
+                    self._send.send_nowait((msgpack.unpackb(message), socket.socket(fileno=fd)))
+
+    async def _next_daemon(self) -> None:
+        """Waits for another daemon: for as long as it takes, as the process goes on without one."""
+        path = self.entry.path.with_suffix(".worker")
+        try:
+            path.unlink(missing_ok=True)
+            with Listening(path) as listening:
+                listening.sock.setblocking(False)
+                with trio.socket.from_stdlib_socket(listening.sock.dup()) as listener:
+                    sock, _ = await listener.accept()
+        except (OSError, LazymigError):
+            await trio.sleep_forever()  # the state directory is gone: nobody can find it again
+        finally:
+            path.unlink(missing_ok=True)
+        self._data.close()
+        self._data = socket.socket(fileno=sock.detach())
+
+
+def worker(data: socket.socket, meta: Mapping[str, Any], control: socket.socket | None) -> None:
+    """A worker's main function. With ``control`` it receives a process, else it takes over a running one."""
+    ptrace.block_sigchld()
+    give_way(None)
+    gc.disable()  # a worker lives for one migration, and a collection in the freeze would be downtime
+    if control is None:
+        trio.run(_take_over, data, meta)
+    else:
+        trio.run(_receive, data, meta, control)
+
+
+async def _receive(data: socket.socket, meta: Mapping[str, Any], control: socket.socket) -> None:
+    fields = {"role": "destination", "peer": meta["peer"], "secret": meta["secret"]}
+    entry = Entry(Path(meta["directory"]), meta["id"], **fields)
+    links = Worker(data, entry)
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
+    migration = DestinationMigration(Channel(stream, meta["peer"]), links.connections, links.tell, entry)
+    links.committed = lambda: migration.committed
+    await links.run(migration.run)
+
+
+async def _take_over(data: socket.socket, meta: Mapping[str, Any]) -> None:
+    entry = Entry(Path(meta["directory"]), meta["id"], **meta["fields"])
+    links = Worker(data, entry)
+
+    async def work() -> None:
+        found = Keeper.find(entry.path.with_suffix(".keeper"))
+        if found is None:
+            raise LazymigError("its keeper has ended", code="keeper-lost", subject=f"pid {meta['pid']}")
+        keeper, kept = found
+        uffd = Userfaultfd(kept.uffd)
+        lazy = LazyMemory(uffd)
+        LazyRecord(kept.memory).take_over(lazy, kept.children, keeper.fileno())
+        lazy.start()
+        machine = Machine("destination", Destination.PAUSED, DESTINATION_TRANSITIONS)
+        phase = LazyPhase(meta["pid"], lazy, machine, links.connections, links.tell, None, [])
+        total = entry.fields.get("total")
+        phase.note(entry)
+        if total:
+            entry.set(total=total)
+        links.tell({"event": "adopted", "pid": meta["pid"], "left": lazy.remaining})
+
+        def complete() -> None:
+            lazy.close(abandon=True)  # see Builder.complete
+            with contextlib.suppress(LazymigError):
+                keeper.release()
+            uffd.close()
+
+        await phase.run()
+        await phase.finish(complete, {})
+        keeper.close()
+
+    await links.run(work)
+
+
+def runs_under_keeper(pid: int) -> bool:
+    """Whether the moved process lives, released by a worker that is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+            fields = f.read().rpartition(")")[2].split()
+        with open(f"/proc/{fields[1]}/comm", encoding="utf-8") as f:
+            return fields[0] not in "ZX" and f.read().strip() == "lazymig-keeper"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def dial_worker(directory: Path, number: str) -> socket.socket | None:
+    """A connection to a worker that has lost its daemon; None while it does not listen."""
+    sock = dial(directory / f"{number}.worker")
+    if sock is not None:
+        sock.settimeout(None)
+        os.set_inheritable(sock.fileno(), False)
+    return sock
