@@ -21,6 +21,7 @@ from lazymig.errors import LazymigError, RefusedError
 from lazymig.images_cli import images
 from lazymig.kernel import kdat
 from lazymig.migrate import options as opt
+from lazymig.migrations_cli import migrations
 from lazymig.predump_cli import predump, untrack
 
 T = TypeVar("T")
@@ -84,6 +85,7 @@ main.add_command(restore)
 main.add_command(untrack)
 main.add_command(images)
 main.add_command(page_server)
+main.add_command(migrations)
 
 
 @main.command()

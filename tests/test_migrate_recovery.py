@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
+import sys
 import tempfile
 import time
 
 import pytest
-from harness import descriptors, goes_on, moved, settled
+from harness import descriptors, goes_on, moved, settled, wait_for
 
-from lazymig.demo.moves import Daemon
+from lazymig.demo.moves import COMMAND, Daemon
+from lazymig.migrate.channel import encode
 
 SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "16M", "--link-timeout", "2s")
 
@@ -136,3 +140,109 @@ def test_a_daemon_started_again_goes_on(pair, who):
 def state_directory():
     with tempfile.TemporaryDirectory(prefix="lazymig-") as path:
         yield "--state-dir", path
+
+
+def under_way(host, *arguments):
+    """What `lazymig migrations` says in a host."""
+    done = host.run([*COMMAND, "migrations", "--json", *arguments], check=True, cwd="/")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_both_hosts_list_what_they_have_under_way(pair):
+    writer = lazy_writer(pair)
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon,
+    ):
+        pair.daemon = daemon
+        assert under_way(pair.destination, *state) == []
+        with pair.start_move(writer.pid, *SLOWLY) as running:
+            half_way(pair, writer, running)
+            pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)
+            running.until("paused", 30)
+            (ours,) = [m for m in under_way(pair.source) if m["role"] == "source" and m["peer"] == daemon.to]
+            assert ours["pid"] == writer.pid
+            assert ours["state"] == "paused"
+            assert 0 < ours["pages_left"] <= ours["pages_total"]
+            (theirs,) = under_way(pair.destination, *state)
+            assert (theirs["id"], theirs["role"], theirs["pid"]) == (ours["id"], "destination", writer.pid)
+            assert theirs["state"] in ("running", "paused")  # each finds out by itself
+            pair.source.run(["ip", "link", "set", "eth0", "up"], check=True)
+            finished(pair, writer, running)
+        wait_for("nothing is listed", lambda: under_way(pair.destination, *state) == [])
+        assert ours["id"] not in {m["id"] for m in under_way(pair.source)}
+
+
+def test_a_worker_that_is_stuck_is_noticed(pair):
+    """Its connections are there, and it says nothing: the source says so, and goes on when it does."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        (worker,) = parts(pair)["worker"]
+        pair.destination.kill(worker, signal.SIGSTOP)
+        paused = running.until("paused", 30)
+        assert "says nothing" in paused["error"]["message"]
+        pair.destination.kill(worker, signal.SIGCONT)
+        finished(pair, writer, running)
+
+
+def test_a_process_that_ends_while_nobody_serves_it(pair):
+    """It lacks pages, its daemon is gone, and it is killed: the original ends too, as nobody needs it."""
+    writer = lazy_writer(pair)
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon,
+    ):
+        pair.daemon = daemon
+        with pair.start_move(writer.pid, *SLOWLY) as running:
+            half_way(pair, writer, running)
+            for pid in (daemon.program.pid, *parts(pair)["worker"]):
+                pair.destination.kill(pid)
+            pair.destination.kill(writer.pid)
+            daemon.program.wait(10)
+            with Daemon(pair.destination, pair.destination.address, *state, port=7078):
+                moved(running.finish(60))
+    settled(pair.source)
+
+
+def test_a_keeper_that_is_killed_too_is_told_of(pair):
+    """Then the pages cannot be put in any more: nobody claims otherwise, and the original stays."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        family = parts(pair)
+        for pid in (*family["keeper"], *family["worker"]):
+            pair.destination.kill(pid)
+        warning = running.until("warning", 30)
+        while "pages-lost" not in warning["text"]:
+            warning = running.until("warning", 30)
+        assert pair.source.alive(writer.pid)
+
+
+def test_others_cannot_take_a_migration_over(pair):
+    writer = lazy_writer(pair)
+    hello = {"t": "hello", "version": 1, "role": "resume", "epoch": 1, "streams": 1, "secret": "0" * 32}
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon,
+    ):
+        pair.daemon = daemon
+        with pair.start_move(writer.pid, *SLOWLY) as running:
+            half_way(pair, writer, running)
+            (theirs,) = under_way(pair.destination, *state)
+            frame = encode({**hello, "id": theirs["id"]})
+            script = f"import socket; s = socket.create_connection(('{pair.destination.address}', 7078)); "
+            script += f"s.sendall(bytes.fromhex('{frame.hex()}')); print(s.recv(4096))"
+            done = pair.source.run([sys.executable, "-c", script], check=True)
+            assert "unknown-migration" in done.stdout
+            move = finished(pair, writer, running)
+    assert move.number("pauses") == 0
+
+
+def test_a_directory_that_others_may_enter_is_refused(pair):
+    with state_directory() as (option, path):
+        os.chmod(path, 0o755)
+        command = [*COMMAND, "lazy-pages", "--listen", "127.0.0.1:7079", option, path]
+        done = pair.destination.run(command, cwd="/")
+    assert done.returncode == 1
+    assert "unsafe-directory" in done.stderr

@@ -134,6 +134,22 @@ def forget(directory: Path, number: str) -> None:
         (directory / f"{number}.{suffix}").unlink(missing_ok=True)
 
 
+def forget_ended(directory: Path) -> None:
+    """Removes migrations of a source that nobody sees to, unless their stopped original is still there."""
+    for entry in list(entries(directory)):
+        pid = int(entry.get("pid", 0))
+        if not entry["alive"] and not (start_time(pid) == entry.get("start") and _is_stopped(pid)):
+            forget(directory, entry["id"])
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
+            return f.read().rpartition(")")[2].split()[0] in "tT"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def is_stale(entry: dict[str, Any]) -> bool:
     """Whether a migration that is done has been kept for long enough."""
     return entry.get("state") == "done" and time.time() - float(entry.get("since", 0)) > _KEEP_DONE_S

@@ -15,6 +15,7 @@ from lazymig.errors import LazymigError, PeerLostError, ProcessGoneError
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate.links import Links
 from lazymig.migrate.options import MigrateOptions
+from lazymig.migrate.registry import Entry
 from lazymig.migrate.states import Machine, Source
 from page_server.sender import BulkSender
 from page_server.source import PageSource, SourceStats
@@ -45,6 +46,7 @@ class Serving:
         self._left = lazy.pages
         self._gone: list[SourceStats] = []
         self.pauses = 0
+        self.entry: Entry | None = None  # kept up to date, when there is one
 
     async def run(self, pages: PageSource | None) -> Event:
         """Returns the destination's ``done`` frame. ``pages`` serves already; None: the connection is lost."""
@@ -52,6 +54,7 @@ class Serving:
         lost: LazymigError = PeerLostError(
             "the answer to the commit was lost", subject=self._links.control.peer
         )
+        self._noted(total=self._left)
         while True:
             if pages is not None:
                 self._pages = pages
@@ -66,8 +69,9 @@ class Serving:
             if answer["t"] == "done":
                 return answer
             self._machine.to(Source.SERVE)
-            self._emit({"event": "resumed", "left": pending.pages})
             self._left = pending.pages
+            self._noted()
+            self._emit({"event": "resumed", "left": pending.pages})
             pages = PageSource(self._options.pid, self._links.fault, self._make_senders())
             pages.start(pending)
 
@@ -84,6 +88,8 @@ class Serving:
                     done = got
                     return
                 self._left = int(got["left"])
+                if self.entry is not None:
+                    self.entry.left(self._left)
                 self._emit({"event": "drain", "left": self._left, "total": self._lazy.pages})
 
         async def push() -> None:
@@ -117,7 +123,12 @@ class Serving:
         await self._links.aclose()
         self.pauses += 1
         self._machine.to(Source.PAUSED)
+        self._noted()
         self._emit({"event": "paused", "left": self._left, "error": lost.to_wire()})
+
+    def _noted(self, **fields: int) -> None:
+        if self.entry is not None:
+            self.entry.set(state=str(self._machine.state), left=self._left, **fields)
 
     def _close_pages(self) -> None:
         if self._pages is not None:

@@ -7,6 +7,7 @@ process runs on here as if nothing had been.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -26,6 +27,7 @@ from lazymig.errors import (
 )
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
+from lazymig.migrate import registry
 from lazymig.migrate.brake import Brake
 from lazymig.migrate.capture import Capture, capture, rehearse
 from lazymig.migrate.layer import ParentLayer
@@ -85,6 +87,7 @@ class SourceMigration:
         self._bulk_bytes = 0
         self._handed_over = False  # the commit was sent: the destination may run it, so this host never will
         self._parent: ParentLayer | None = None
+        self.entry: registry.Entry | None = None
 
     @property
     def committed(self) -> bool:
@@ -114,6 +117,10 @@ class SourceMigration:
             await self._failed(e)
             raise
         finally:
+            if self.entry is not None and (not self._handed_over or self.machine.state is Source.DONE):
+                self.entry.remove()
+            elif self.entry is not None:
+                self.entry.close()  # the original stays stopped, and this says why
             if not self._handed_over:
                 self.target.close()
 
@@ -161,6 +168,7 @@ class SourceMigration:
             self.machine.to(Source.DONE)
             return {"event": "done", "dry_run": True, "pid": self.options.pid}
         await self.links.open_data(self.options)
+        self._note()
         rehearse()
         self.senders = self._make_senders()
         if self.options.mode in (Mode.HYBRID, Mode.PRECOPY):
@@ -179,6 +187,15 @@ class SourceMigration:
         return [
             BulkSender(s, self.options.pid, codec=codec, limit_bytes_per_s=limit) for s in self.links.bulk
         ]
+
+    def _note(self) -> None:
+        """Makes this migration known to `lazymig migrations`."""
+        with contextlib.suppress(LazymigError, OSError):  # the migration itself does not depend on it
+            pid = self.options.pid
+            where = {"peer": self.links.control.peer, "pid": pid, "start": registry.start_time(pid)}
+            registry.forget_ended(registry.private_directory(registry.ENGINES))
+            self.entry = registry.Entry(registry.ENGINES, self.links.migration, role="source", **where)
+            self.entry.set(state="rounds", mode=str(self.options.mode))
 
     async def _accepted(self, offer: offers.Offer) -> None:
         """Waits for the destination's word, shipping files that it lacks when that was asked for."""
@@ -479,6 +496,7 @@ class SourceMigration:
         self.machine.to(Source.SERVE)
         with trio.CancelScope(shield=True):
             serving = Serving(self.options, self.links, self.machine, lazy, self._make_senders, self.emit)
+            serving.entry = self.entry
             if not connected:
                 self.pages.close()
             done = await serving.run(self.pages if connected else None)

@@ -129,8 +129,10 @@ async def _take_over(data: socket.socket, meta: Mapping[str, Any]) -> None:
     links = Worker(data, entry)
 
     async def work() -> None:
-        found = Keeper.find(entry.path.with_suffix(".keeper"))
+        path = entry.path.with_suffix(".keeper")
+        found = Keeper.find(path)
         if found is None:
+            path.unlink(missing_ok=True)  # nobody listens there, and nobody will
             raise LazymigError("its keeper has ended", code="keeper-lost", subject=f"pid {meta['pid']}")
         keeper, kept = found
         uffd = Userfaultfd(kept.uffd)
