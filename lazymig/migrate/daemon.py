@@ -256,6 +256,8 @@ async def _receive_or_nothing(data: trio.socket.SocketType) -> bytes:
 
 def _hand_over(stream: trio.SocketStream, incoming: Incoming, hello: Event) -> None:
     """Passes a connection to the worker. LazymigError ``busy``."""
+    if incoming.data.fileno() < 0:
+        raise LazymigError("its worker has ended, and another is on its way", code="busy")
     _blocking(stream)
     try:
         send_fds(incoming.data, msgpack.packb(hello), [stream.socket.fileno()])
