@@ -194,12 +194,11 @@ def lazy_pages(
 
 
 @main.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=click.IntRange(min=1), required=False)
 @click.option(
     "--to",
     "to",
     callback=ADDRESS,
-    required=True,
     metavar="HOST[:PORT]",
     help="The destination's lazy-pages daemon.",
 )
@@ -259,10 +258,16 @@ def lazy_pages(
 )
 @click.option("--streams", type=click.IntRange(1, 16), default=1, show_default=True, help="Bulk connections.")
 @LINK_TIMEOUT
+@click.option(
+    "--resume",
+    metavar="ID",
+    help="Instead of PID: see a migration through whose engine was killed after commit. --to only if the "
+    "destination has another address now.",
+)
 @AS_JSON
 def migrate(
-    pid: int,
-    to: tuple[str, int],
+    pid: int | None,
+    to: tuple[str, int] | None,
     mode: str,
     max_downtime: float,
     max_rounds: int,
@@ -276,6 +281,7 @@ def migrate(
     compress: str,
     streams: int,
     link_timeout: float,
+    resume: str | None,
     as_json: bool,
 ) -> None:
     """Move the process PID to another host.
@@ -285,6 +291,14 @@ def migrate(
     Exit status: 0 moved (or, with --dry-run, can be moved), 1 failed and the process runs on here, 2 wrong
     usage, 3 refused, 4 failed after commit.
     """
+    if resume is not None and pid is None:
+        from lazymig.migrate.session import run_resumed
+
+        _show(as_json, lambda on_event: run_resumed(resume, to, on_event))
+    if pid is None or resume is not None:
+        raise click.UsageError("give either PID or --resume ID")
+    if to is None:
+        raise click.UsageError("Missing option '--to'.")
     try:
         stdio_choice, stdio_path = opt.parse_stdio(stdio, pid)
         options = opt.MigrateOptions(
@@ -310,9 +324,14 @@ def migrate(
         _fail(e)
     from lazymig.migrate.session import run_migration
 
+    _show(as_json, lambda on_event: run_migration(options, on_event))
+
+
+def _show(as_json: bool, run: Callable[[Callable[[dict[str, Any]], None]], None]) -> NoReturn:
+    """Runs a migration, shows its events and leaves with its status."""
     shown = report.reporter(as_json=as_json)
     try:
-        run_migration(options, shown.event)
+        run(shown.event)
     except RefusedError as e:
         if shown.final is None:
             shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})

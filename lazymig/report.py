@@ -236,7 +236,7 @@ def summary(done: Event) -> list[tuple[str, str]]:
         if how := _HOW.get(str(done.get("base"))):
             rows.append(("round", f"{how}: {clean(done['why'])}" if done.get("why") else how))
     else:
-        rows = [("downtime", duration(number(done, "downtime_ms")))]
+        rows = [("downtime", duration(number(done, "downtime_ms")))] if "downtime_ms" in done else []
     for key, title in (("breakdown", "of which"), ("destination_breakdown", "over there")):
         if steps := _mapping(done, key):
             rows.append((title, ", ".join(f"{clean(k)} {duration(number(steps, k))}" for k in steps)))

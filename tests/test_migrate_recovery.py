@@ -13,7 +13,7 @@ import time
 import pytest
 from harness import descriptors, goes_on, moved, settled, wait_for
 
-from lazymig.demo.moves import COMMAND, Daemon
+from lazymig.demo.moves import COMMAND, Command, Daemon
 from lazymig.migrate.channel import encode
 
 SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "16M", "--link-timeout", "2s")
@@ -246,3 +246,25 @@ def test_a_directory_that_others_may_enter_is_refused(pair):
         done = pair.destination.run(command, cwd="/")
     assert done.returncode == 1
     assert "unsafe-directory" in done.stderr
+
+
+def test_an_engine_that_is_killed_is_resumed(pair):
+    """The original stays stopped meanwhile; whoever resumes needs to know nothing but the number."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        for pid in pair.source.pids():
+            if pid != writer.pid:
+                pair.source.kill(pid)
+    (left,) = [m for m in under_way(pair.source) if (m["pid"], m["peer"]) == (writer.pid, pair.daemon.to)]
+    assert left["state"] == "unattended"
+    assert pair.source.alive(writer.pid)
+    with Command(pair.source, "migrate", "--resume", left["id"], "--json") as resumed:
+        done = resumed.until("done", 60)
+        assert done["pid"] == writer.pid
+        assert resumed.program.wait(20) == 0
+    goes_on(writer)
+    settled(pair.source)
+    assert left["id"] not in {m["id"] for m in under_way(pair.source)}
+    with Command(pair.source, "migrate", "--resume", left["id"], "--json") as again:
+        assert again.until("failed", 20)["error"]["code"] == "unknown-migration"

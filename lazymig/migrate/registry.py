@@ -88,6 +88,7 @@ class Entry:
     def remove(self) -> None:
         """The migration is over, and nobody will ask for it."""
         self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".pages").unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
@@ -130,7 +131,7 @@ def entries(directory: Path) -> Iterator[dict[str, Any]]:
 
 def forget(directory: Path, number: str) -> None:
     """Removes a migration that nobody sees to."""
-    for suffix in ("json", "new", "keeper", "worker"):
+    for suffix in ("json", "new", "keeper", "worker", "pages"):
         (directory / f"{number}.{suffix}").unlink(missing_ok=True)
 
 
@@ -138,11 +139,12 @@ def forget_ended(directory: Path) -> None:
     """Removes migrations of a source that nobody sees to, unless their stopped original is still there."""
     for entry in list(entries(directory)):
         pid = int(entry.get("pid", 0))
-        if not entry["alive"] and not (start_time(pid) == entry.get("start") and _is_stopped(pid)):
+        if not entry["alive"] and not (start_time(pid) == entry.get("start") and is_stopped(pid)):
             forget(directory, entry["id"])
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal, or by a tracer."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
             return f.read().rpartition(")")[2].split()[0] in "tT"

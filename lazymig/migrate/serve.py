@@ -14,7 +14,7 @@ import trio
 from lazymig.errors import LazymigError, PeerLostError, ProcessGoneError
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate.links import Links
-from lazymig.migrate.options import MigrateOptions
+from lazymig.migrate.options import Codec, MigrateOptions
 from lazymig.migrate.registry import Entry
 from lazymig.migrate.states import Machine, Source
 from page_server.sender import BulkSender
@@ -26,6 +26,16 @@ _LONGEST_DELAY_S = 5.0
 _DONE_FOLLOWS_S = 0.3
 
 
+# The sender itself stops compressing where that does not pay.
+_CODECS = {Codec.NONE: None, Codec.AUTO: "lz4", Codec.LZ4: "lz4", Codec.ZSTD: "zstd"}
+
+
+def make_senders(options: MigrateOptions, links: Links) -> list[BulkSender]:
+    """One for each bulk connection."""
+    limit, codec = options.bandwidth_limit or 0, _CODECS[options.codec]
+    return [BulkSender(s, options.pid, codec=codec, limit_bytes_per_s=limit) for s in links.bulk]
+
+
 class Serving:
     """The pages ``lazy`` of a frozen process, until the destination says that it holds every one."""
 
@@ -35,12 +45,10 @@ class Serving:
         links: Links,
         machine: Machine[Source],
         lazy: RangeSet,
-        make_senders: Callable[[], list[BulkSender]],
         on_event: Callable[[Event], None],
     ) -> None:
         self._options, self._links, self._machine = options, links, machine
         self._lazy = lazy
-        self._make_senders = make_senders
         self._emit = on_event
         self._pages: PageSource | None = None
         self._left = lazy.pages
@@ -72,7 +80,7 @@ class Serving:
             self._left = pending.pages
             self._noted()
             self._emit({"event": "resumed", "left": pending.pages})
-            pages = PageSource(self._options.pid, self._links.fault, self._make_senders())
+            pages = PageSource(self._options.pid, self._links.fault, make_senders(self._options, self._links))
             pages.start(pending)
 
     async def _serve(self, pages: PageSource, pending: RangeSet) -> Event:
@@ -122,7 +130,8 @@ class Serving:
         self._close_pages()
         await self._links.aclose()
         self.pauses += 1
-        self._machine.to(Source.PAUSED)
+        if self._machine.state is not Source.PAUSED:
+            self._machine.to(Source.PAUSED)
         self._noted()
         self._emit({"event": "paused", "left": self._left, "error": lost.to_wire()})
 

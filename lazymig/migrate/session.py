@@ -23,9 +23,16 @@ from lazymig.errors import CancelledMigrationError, LazymigError, RefusedError
 from lazymig.kernel import ptrace
 from lazymig.migrate.options import MigrateOptions
 from lazymig.migrate.placement import give_way
+from lazymig.migrate.resume import ResumedMigration
 from lazymig.migrate.source import SourceMigration
 
 Event = dict[str, Any]
+Make = Callable[[Callable[[Event], None]], SourceMigration | ResumedMigration]
+
+
+def run_resumed(number: str, address: tuple[str, int] | None, on_event: Callable[[Event], None]) -> None:
+    """Sees a migration through whose engine died after commit; else as `run_migration`."""
+    _run(lambda emit: ResumedMigration(number, address, emit), on_event)
 
 
 def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) -> None:
@@ -33,6 +40,10 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
 
     Raises LazymigError only when the engine itself broke down without a word.
     """
+    _run(lambda emit: SourceMigration(options, emit), on_event)
+
+
+def _run(make: Make, on_event: Callable[[Event], None]) -> None:
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -43,7 +54,7 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            status = _engine(options, theirs)
+            status = _engine(make, theirs)
         except BaseException as e:  # the child must never return into the caller's code
             _tell(theirs, {"event": "failed", "error": LazymigError(repr(e), code="internal").to_wire()})
         finally:
@@ -86,11 +97,11 @@ def _tell(sock: socket.socket, event: Event) -> None:
         pass  # the command was killed; whoever watches for that cancels
 
 
-def _engine(options: MigrateOptions, sock: socket.socket) -> int:
+def _engine(make: Make, sock: socket.socket) -> int:
     ptrace.block_sigchld()
     gc.disable()  # the engine lives for one migration, and a collection in the freeze would be downtime
     give_way(None)  # the rounds come after the work of the process that they copy
-    migration = SourceMigration(options, lambda e: _tell(sock, e))
+    migration = make(lambda e: _tell(sock, e))
     try:
         final = trio.run(_supervise, migration, sock)
     except RefusedError as e:
@@ -114,7 +125,7 @@ def first_error(group: BaseExceptionGroup) -> LazymigError:
     return LazymigError(repr(group.exceptions[0]), code="internal")
 
 
-async def _supervise(migration: SourceMigration, sock: socket.socket) -> Event:
+async def _supervise(migration: SourceMigration | ResumedMigration, sock: socket.socket) -> Event:
     """Runs the migration beside a watch on the command: cancel, or its end, cancels."""
     commands = trio.socket.from_stdlib_socket(sock.dup())
 

@@ -27,16 +27,16 @@ from lazymig.errors import (
 )
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
-from lazymig.migrate import registry
+from lazymig.migrate import registry, resume
 from lazymig.migrate.brake import Brake
 from lazymig.migrate.capture import Capture, capture, rehearse
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
-from lazymig.migrate.options import Codec, MigrateOptions, Mode
+from lazymig.migrate.options import MigrateOptions, Mode
 from lazymig.migrate.parts import classify, lazy_capable, locked, split_eager, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
 from lazymig.migrate.rounds import Action, Policy, RoundRecord
-from lazymig.migrate.serve import Serving
+from lazymig.migrate.serve import Serving, make_senders
 from lazymig.migrate.states import SOURCE_TRANSITIONS, Machine, Source
 from lazymig.migrate.target import Target
 from lazymig.process.descriptors import DescriptorDumper
@@ -47,8 +47,6 @@ from page_server.sender import BulkSender
 from page_server.source import PageSource, SourceStats
 
 Event = dict[str, Any]
-# The sender itself stops compressing where that does not pay.
-_CODECS = {Codec.NONE: None, Codec.AUTO: "lz4", Codec.LZ4: "lz4", Codec.ZSTD: "zstd"}
 _REPLY_TIMEOUT_S = 30.0
 _FREEZE_TRIES = 20
 _THAW_S = 0.01
@@ -170,7 +168,7 @@ class SourceMigration:
         await self.links.open_data(self.options)
         self._note()
         rehearse()
-        self.senders = self._make_senders()
+        self.senders = make_senders(self.options, self.links)
         if self.options.mode in (Mode.HYBRID, Mode.PRECOPY):
             self.machine.to(Source.TRACK)
             self.target.plant_tracker()
@@ -181,12 +179,6 @@ class SourceMigration:
             await self._send_layout()
         self.machine.to(Source.FREEZE)
         return await self._hand_over()
-
-    def _make_senders(self) -> list[BulkSender]:
-        limit, codec = self.options.bandwidth_limit or 0, _CODECS[self.options.codec]
-        return [
-            BulkSender(s, self.options.pid, codec=codec, limit_bytes_per_s=limit) for s in self.links.bulk
-        ]
 
     def _note(self) -> None:
         """Makes this migration known to `lazymig migrations`."""
@@ -495,8 +487,18 @@ class SourceMigration:
     async def _serve(self, lazy: RangeSet, eager: RangeSet, downtime: float, connected: bool) -> Event:
         self.machine.to(Source.SERVE)
         with trio.CancelScope(shield=True):
-            serving = Serving(self.options, self.links, self.machine, lazy, self._make_senders, self.emit)
+            serving = Serving(
+                self.options,
+                self.links,
+                self.machine,
+                lazy,
+                lambda: make_senders(self.options, self.links),
+                self.emit,
+            )
             serving.entry = self.entry
+            if self.entry is not None:
+                with contextlib.suppress(OSError):
+                    resume.save(self.entry, self.options, self.links.secret, lazy)
             if not connected:
                 self.pages.close()
             done = await serving.run(self.pages if connected else None)
