@@ -487,14 +487,7 @@ class SourceMigration:
     async def _serve(self, lazy: RangeSet, eager: RangeSet, downtime: float, connected: bool) -> Event:
         self.machine.to(Source.SERVE)
         with trio.CancelScope(shield=True):
-            serving = Serving(
-                self.options,
-                self.links,
-                self.machine,
-                lazy,
-                lambda: make_senders(self.options, self.links),
-                self.emit,
-            )
+            serving = Serving(self.options, self.links, self.machine, lazy, self.emit)
             serving.entry = self.entry
             if self.entry is not None:
                 with contextlib.suppress(OSError):
