@@ -13,6 +13,7 @@ import time
 import pytest
 from harness import descriptors, goes_on, moved, settled, wait_for
 
+from lazymig.demo.hosts import DEVNULL
 from lazymig.demo.moves import COMMAND, Command, Daemon
 from lazymig.migrate.channel import encode
 
@@ -268,3 +269,55 @@ def test_an_engine_that_is_killed_is_resumed(pair):
     assert left["id"] not in {m["id"] for m in under_way(pair.source)}
     with Command(pair.source, "migrate", "--resume", left["id"], "--json") as again:
         assert again.until("failed", 20)["error"]["code"] == "unknown-migration"
+
+
+FORKING = """
+import os, signal, sys
+pages = 6144
+memory = bytearray(b"".join(i.to_bytes(8, "little") * 512 for i in range(pages)))
+
+def check(who):
+    bad = [i for i in range(pages) if memory[i * 4096 : (i + 1) * 4096] != i.to_bytes(8, "little") * 512]
+    with open(sys.argv[1], "a") as f:
+        f.write(f"{who} {len(bad)}\\n")
+
+def fork(*_):
+    if os.fork() == 0:
+        signal.pause()
+        check("child")
+        os._exit(0)
+    with open(sys.argv[1], "a") as f:
+        f.write("forked\\n")
+
+signal.signal(signal.SIGUSR1, fork)
+signal.signal(signal.SIGUSR2, lambda *_: check("parent"))
+signal.signal(signal.SIGTERM, lambda *_: None)
+open(sys.argv[1], "w").close()
+while True:
+    signal.pause()
+"""
+
+
+def test_children_are_taken_over_too(pair):
+    """A child that was forked while pages were missing lacks them as well, and its userfaultfd is another one."""
+    out = pair.tmp / "out"
+    program = pair.source.popen([sys.executable, "-c", FORKING, str(out)], stdout=DEVNULL, stderr=DEVNULL)
+    wait_for("the program", out.exists)
+    with pair.start_move(program.pid, *SLOWLY, "--bandwidth-limit", "8M") as running:
+        running.until("running", 60)
+        pair.destination.kill(program.pid, signal.SIGUSR1)
+        wait_for("the fork", lambda: "forked" in out.read_text())
+        (child,) = children(pair.destination, program.pid)
+        (worker,) = parts(pair)["worker"]
+        pair.destination.kill(worker)
+        pair.destination.kill(child, signal.SIGTERM)
+        pair.destination.kill(program.pid, signal.SIGUSR2)
+        move = moved(running.finish(60))
+    assert move.number("pauses") >= 1
+    wait_for(
+        "both to look", lambda: sorted(out.read_text().split("\n")) == ["", "child 0", "forked", "parent 0"]
+    )
+
+
+def children(host, pid):
+    return [int(n) for n in (host.proc / str(pid) / "task" / str(pid) / "children").read_text().split()]

@@ -173,6 +173,7 @@ class Daemon:
         """Follows a worker's events to its end; when that comes after commit and too early, finds another."""
         delay = 0.0
         while True:
+            began = trio.current_time()
             if incoming.data.fileno() >= 0:
                 await self._follow(migration, incoming)
                 incoming.data.close()
@@ -180,6 +181,8 @@ class Daemon:
                 incoming.state = "running"
             if incoming.state not in ("running", "paused", "interrupted"):
                 break
+            if trio.current_time() - began > _REVIVE_AT_MOST_S:
+                delay = 0.0
             await trio.sleep(delay)
             delay = min(max(2 * delay, _REVIVE_AFTER_S), _REVIVE_AT_MOST_S)
             await self._revive(migration, incoming)

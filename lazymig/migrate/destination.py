@@ -26,7 +26,7 @@ from lazymig.migrate.channel import Channel
 from lazymig.migrate.lazy_phase import Connection, LazyPhase
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
-from lazymig.migrate.registry import Entry
+from lazymig.migrate.registry import Entry, start_time
 from lazymig.migrate.states import DESTINATION_TRANSITIONS, Destination, Machine
 from lazymig.pb import descriptors_pb2
 from lazymig.process.files import FileReceiver
@@ -172,7 +172,8 @@ class DestinationMigration:
         layout = Layout(LayoutDiff.from_wire(frame["diff"]).map)
         with Listening(self.entry.path.with_suffix(".keeper")) as listening:
             self.builder = Builder(self.offer.pid, layout, listening)
-        self.entry.set(pid=self.offer.pid, state="receiving", mode=str(self.offer.mode))
+        pid = self.offer.pid
+        self.entry.set(pid=pid, start=start_time(pid), state="receiving", mode=str(self.offer.mode))
         self.machine.to(Destination.SKELETON)
         draft = descriptors_pb2.DescriptorsDump.FromString(self.offer.fds)
         self.builder.open(draft, self.offer.highest_fd)
