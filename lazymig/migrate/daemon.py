@@ -27,6 +27,7 @@ Event = dict[str, Any]
 MAX_MIGRATIONS = 64
 MAX_REMEMBERED = 1024
 _HELLO_TIMEOUT_S = 10.0
+_RELEASED_TIMEOUT_S = 5.0
 _REVIVE_AFTER_S = 0.1
 _REVIVE_AT_MOST_S = 10.0
 _RUNS = ("running", "paused", "failed")  # the process runs here: these never lead back
@@ -145,6 +146,9 @@ class Daemon:
             )
         if incoming.state == "done":
             await channel.send({"t": "done", **incoming.report})
+            with trio.move_on_after(_RELEASED_TIMEOUT_S):
+                await channel.expect("released")
+                registry.forget(self._directory, str(frame["id"]))
             return
         if incoming.state not in ("running", "paused"):
             raise LazymigError(f"it is {incoming.state}", code="not-running", subject=str(frame["id"]))
@@ -155,8 +159,8 @@ class Daemon:
         active = [i for i in self._incoming.values() if i.data.fileno() >= 0]
         if len(active) >= MAX_MIGRATIONS:
             raise LazymigError(f"{len(active)} migrations are under way", code="busy", hint="try again later")
-        while len(self._incoming) >= MAX_REMEMBERED:
-            oldest = next(k for k, i in self._incoming.items() if i.data.fileno() < 0)
+        over = [k for k, i in self._incoming.items() if i.state in ("done", "aborted", "gone")]
+        for oldest in over[: max(0, len(self._incoming) - MAX_REMEMBERED + 1)]:
             del self._incoming[oldest]
         migration, secret = secrets.token_hex(8), secrets.token_hex(16)
         welcome = {"t": "welcome", "version": VERSION, "id": migration, "secret": secret}
@@ -299,7 +303,7 @@ def run_daemon(options: DaemonOptions, on_event: Callable[[Event], None]) -> Non
     finally:
         spawner.close()
         if lock >= 0:
-            os.close(lock)
+            registry.unlock_directory(directory, lock)
 
 
 async def _until_told(daemon: Daemon) -> None:

@@ -21,6 +21,7 @@ from lazymig.migrate.options import STATE_ROOT
 ENGINES = STATE_ROOT / "engines"
 _LOCK = "daemon.lock"
 _EVERY_S = 1.0
+_KEEP_FOREIGN_S = 7 * 24 * 3600.0
 _KEEP_DONE_S = 24 * 3600.0  # a source that was away may still ask for the end of its migration
 
 
@@ -43,15 +44,33 @@ def private_directory(path: Path) -> Path:
 
 def lock_directory(path: Path) -> int:
     """Makes this process the one daemon of a state directory; the descriptor holds that. LazymigError ``in-use``."""
-    fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise LazymigError(
-            "another daemon uses it", code="in-use", subject=str(path), hint="give another --state-dir"
-        ) from None
-    return fd
+    while True:
+        fd = os.open(private_directory(path) / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path / _LOCK)):
+                return fd
+            os.close(fd)
+        except FileNotFoundError:  # the daemon before has just ended
+            os.close(fd)
+        except BlockingIOError:
+            os.close(fd)
+            raise LazymigError(
+                "another daemon uses it", code="in-use", subject=str(path), hint="give another --state-dir"
+            ) from None
+
+
+def unlock_directory(path: Path, fd: int) -> None:
+    """Lets go of a state directory; one that is empty and was not asked for is removed."""
+    with contextlib.suppress(OSError):
+        if path.parent == STATE_ROOT and not any(path.glob("*.json")):
+            (path / _LOCK).unlink()
+            path.rmdir()
+    os.close(fd)
+
+
+def _namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
 
 
 class Entry:
@@ -59,7 +78,7 @@ class Entry:
 
     def __init__(self, directory: Path, number: str, **fields: Any) -> None:  # noqa: ANN401
         self.path = directory / f"{number}.json"
-        self.fields: dict[str, Any] = {"id": number, **fields}
+        self.fields: dict[str, Any] = {"id": number, "pid_namespace": _namespace(), **fields}
         self._fd = -1
         self._written = 0.0
 
@@ -139,6 +158,10 @@ def forget_ended(directory: Path) -> None:
     """Removes migrations of a source that nobody sees to, unless their stopped original is still there."""
     for entry in list(entries(directory)):
         pid = int(entry.get("pid", 0))
+        if entry.get("pid_namespace") != _namespace():
+            if not entry["alive"] and time.time() - float(entry.get("since", 0)) > _KEEP_FOREIGN_S:
+                forget(directory, entry["id"])
+            continue  # there the number is another process's
         if not entry["alive"] and not (start_time(pid) == entry.get("start") and is_stopped(pid)):
             forget(directory, entry["id"])
 

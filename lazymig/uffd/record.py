@@ -34,9 +34,8 @@ class LazyRecord:
         first, second = areas.to_bytes(), pending.to_bytes()
         at = _rounded(_HEAD.size + len(first) + len(second))
         os.ftruncate(self.fd, at + _rounded(int(lib.lm_lazy_record_size(pending.pages))))
-        self._map = m = mmap.mmap(self.fd, 0)
-        m[_HEAD.size : _HEAD.size + len(first) + len(second)] = first + second
-        m[: _HEAD.size] = _HEAD.pack(_MAGIC, len(first), len(second))
+        # By write and not through the mapping: this is in the freeze, and would fault on each page.
+        os.pwritev(self.fd, [_HEAD.pack(_MAGIC, len(first), len(second)), first, second], 0)
         self._write(lazy, at, keeper)
 
     def take_over(self, lazy: LazyMemory, children: Sequence[int], keeper: int) -> None:
@@ -45,16 +44,15 @@ class LazyRecord:
         ``children``: userfaultfds of forked children, in order; they become lazy's. LazymigError
         ``cannot-resume``: so much has happened that it is not all in the record.
         """
-        if os.fstat(self.fd).st_size < _HEAD.size:
+        head = os.pread(self.fd, _HEAD.size, 0)
+        if len(head) < _HEAD.size or head[:8] != _MAGIC:
             raise LazymigError("there is no record of its pages", code="cannot-resume")
-        self._map = m = mmap.mmap(self.fd, 0)
-        magic, n_areas, n_pending = _HEAD.unpack(m[: _HEAD.size])
-        start = _HEAD.size
-        if magic != _MAGIC or start + n_areas + n_pending > len(m):
+        _, n_areas, n_pending = _HEAD.unpack(head)
+        lists = os.pread(self.fd, n_areas + n_pending, _HEAD.size)
+        if len(lists) != n_areas + n_pending:
             raise LazymigError("the record of its pages is not whole", code="cannot-resume")
-        areas = RangeSet.from_bytes(m[start : start + n_areas])
-        pending = RangeSet.from_bytes(m[start + n_areas : start + n_areas + n_pending])
-        at = _rounded(start + n_areas + n_pending)
+        areas, pending = RangeSet.from_bytes(lists[:n_areas]), RangeSet.from_bytes(lists[n_areas:])
+        at = _rounded(_HEAD.size + len(lists))
         lazy.adopt(areas, pending)
         record, size = self._at(at)
         err = lib.lm_lazy_replay(lazy.table, record, size, list(children), len(children))
@@ -68,8 +66,9 @@ class LazyRecord:
         self._write(lazy, at, keeper)
 
     def _at(self, at: int) -> tuple[CData, int]:
-        assert self._map is not None
-        return ffi.from_buffer("uint8_t[]", self._map) + at, len(self._map) - at
+        if self._map is None:
+            self._map = mmap.mmap(self.fd, 0, offset=at)
+        return ffi.from_buffer("uint8_t[]", self._map), len(self._map)
 
     def _write(self, lazy: LazyMemory, at: int, keeper: int) -> None:
         record, size = self._at(at)
