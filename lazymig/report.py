@@ -183,6 +183,15 @@ _DAEMON_LINES: dict[str, Callable[[Event], str]] = {
         f"pid {number(e, 'pid'):.0f} has its source again, {number(e, 'left'):,.0f} pages are missing"
     ),
     "done": lambda e: f"pid {number(e, 'pid'):.0f} is all here",
+    "adopted": lambda e: (
+        f"pid {number(e, 'pid'):.0f} runs here, and whoever served it was killed: taken over with "
+        f"{number(e, 'left'):,.0f} pages missing"
+    ),
+    "ended": lambda e: f"pid {number(e, 'pid'):.0f} has ended",
+    "lost": lambda e: (
+        f"pid {number(e, 'pid'):.0f} lacks pages that cannot be put in any more, as its keeper was "
+        "killed too: end it; the original is whole, stopped at the source"
+    ),
     "aborted": lambda e: f"given up, nothing is left here: {problem(_mapping(e, 'error'))}",
     "failed": lambda e: f"failed while it runs here: {problem(_mapping(e, 'error'))}",
 }
