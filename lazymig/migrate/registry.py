@@ -106,8 +106,8 @@ class Entry:
 
     def remove(self) -> None:
         """The migration is over, and nobody will ask for it."""
-        self.path.unlink(missing_ok=True)
-        self.path.with_suffix(".pages").unlink(missing_ok=True)
+        for suffix in (".json", ".pages", ".keeper"):
+            self.path.with_suffix(suffix).unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
