@@ -159,7 +159,7 @@ class Daemon:
         active = [i for i in self._incoming.values() if i.data.fileno() >= 0]
         if len(active) >= MAX_MIGRATIONS:
             raise LazymigError(f"{len(active)} migrations are under way", code="busy", hint="try again later")
-        over = [k for k, i in self._incoming.items() if i.state in ("done", "aborted", "gone")]
+        over = [k for k, i in self._incoming.items() if i.state in ("done", "aborted", "gone", "unknown")]
         for oldest in over[: max(0, len(self._incoming) - MAX_REMEMBERED + 1)]:
             del self._incoming[oldest]
         migration, secret = secrets.token_hex(8), secrets.token_hex(16)
@@ -190,7 +190,7 @@ class Daemon:
             await trio.sleep(delay)
             delay = min(max(2 * delay, _REVIVE_AFTER_S), _REVIVE_AT_MOST_S)
             await self._revive(migration, incoming)
-        if incoming.state not in ("done", "lost", "aborted", "failed", "committing"):
+        if incoming.state not in ("done", "lost", "aborted", "failed", "committing", "unknown"):
             incoming.state = "gone"
 
     async def _follow(self, migration: str, incoming: Incoming) -> None:
@@ -210,7 +210,7 @@ class Daemon:
         """Looks for who sees to a process that runs here, or starts somebody; or finds that it is too late."""
         found = [e for e in registry.entries(self._directory) if e["id"] == migration]
         if not found:
-            incoming.state = "gone" if incoming.state == "interrupted" else "failed"
+            incoming.state = "unknown" if incoming.state == "interrupted" else "failed"
         elif found[0]["alive"]:
             sock = await trio.to_thread.run_sync(dial_worker, self._directory, migration)
             if sock is not None:
@@ -227,7 +227,8 @@ class Daemon:
 
     def _without_keeper(self, migration: str, incoming: Incoming, entry: Event) -> None:
         if incoming.state == "interrupted" and entry["state"] == "receiving":
-            incoming.state = "gone"  # before commit: it never ran here
+            # Before commit, or it ran and has ended before anybody wrote that down: nobody may run it on a guess.
+            incoming.state = "unknown"
             registry.forget(self._directory, migration)
         elif runs_anyway(incoming.pid) and registry.start_time(incoming.pid) == entry.get("start"):
             incoming.state = "lost"
