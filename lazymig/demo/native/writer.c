@@ -401,5 +401,6 @@ int main(int argc, char **argv)
 	threads_start(opt.threads, 1);
 	report("started");
 	pthread_sigmask(SIG_UNBLOCK, &blocked, NULL);
-	return run();
+	/* At once: exit() would wait for whatever lock of stdio another thread may hold just now. */
+	_exit(run());
 }
