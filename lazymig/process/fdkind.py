@@ -5,6 +5,7 @@ Adding a kind is adding such a module: `kinds` finds every ``fd_*`` module of th
 
 from __future__ import annotations
 
+import abc
 import fcntl
 import importlib
 import os
@@ -304,23 +305,26 @@ class RestoreContext:
         return found
 
 
-class Kind:
-    """One kind of descriptor. Classes of this kind have no state; contexts carry it."""
+class Kind(abc.ABC):
+    """One kind of descriptor. Classes of this kind have no state; contexts carry it.
+
+    Every kind claims, dumps and makes; the rest are steps that most have no need of (hence B027).
+    """
 
     type: int = fdinfo_pb2.UND
     early = False  # can be made in prepare, while the source runs
     in_fdinfo = False  # link, fdinfo and stat tell all: an entry stays right while these do not change
     last = False  # adjusted when all others are, for it sees what happens to files
 
+    @abc.abstractmethod
     def claims(self, f: OpenFile) -> bool:
         """Whether a descriptor of the source is of this kind."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def dump(self, f: OpenFile, entry: fdinfo_pb2.file_entry, ctx: DumpContext) -> None:
         """Fills ``entry`` (its id and type are set); what can't be moved goes to ``ctx.refuse``."""
-        raise NotImplementedError
 
-    def renew(self, f: OpenFile, entry: fdinfo_pb2.file_entry) -> None:
+    def renew(self, f: OpenFile, entry: fdinfo_pb2.file_entry) -> None:  # noqa: B027
         """Brings an entry of an earlier dump up to date, for kinds that are told by fdinfo."""
 
     def key(self, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> Hashable:  # noqa: ARG002
@@ -331,14 +335,14 @@ class Kind:
         """For early kinds: whether what prepare opened is still what a new opening would give."""
         return True
 
+    @abc.abstractmethod
     def make(self, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> int:
         """Opens it in this process; the local descriptor. Raises OSError or DescriptorError."""
-        raise NotImplementedError
 
-    def adjust(self, fd: int, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> None:
+    def adjust(self, fd: int, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> None:  # noqa: B027
         """Sets what needs all files to be there, or may only be set at the very end."""
 
-    def settle(self, fd: int, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> None:
+    def settle(self, fd: int, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> None:  # noqa: B027
         """Sets what ends the use that `adjust` makes of the file."""
 
     def install(
