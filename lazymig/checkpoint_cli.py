@@ -6,34 +6,14 @@ from pathlib import Path
 
 import click
 
-from lazymig.cli_kit import AS_JSON, PID, run
+from lazymig.cli_kit import ADDRESS, AS_JSON, PID, TCP_CLOSE, images_dir, parent, run, stdio
 from lazymig.migrate import options as opt
-
-
-def _address(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, int] | None:
-    if value is None:
-        return None
-    try:
-        return opt.parse_address(value)
-    except opt.OptionError as e:
-        raise click.BadParameter(str(e), ctx, param) from e
 
 
 @click.command()
 @PID
-@click.option(
-    "-D",
-    "--images-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Where the images go; nothing may be there.",
-)
-@click.option(
-    "--parent",
-    type=click.Path(path_type=Path),
-    help="A layer of predump, or a dump, of the same process: write only what changed since. A relative path "
-    "counts from the new directory, as in CRIU: ../0.",
-)
+@images_dir("Where the images go; nothing may be there.")
+@parent("A layer of predump, or a dump, of the same process", "the new directory")
 @click.option(
     "--lazy",
     is_flag=True,
@@ -41,23 +21,14 @@ def _address(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 )
 @click.option(
     "--serve",
-    callback=_address,
+    callback=ADDRESS,
     metavar="ADDR[:PORT]",
     help="Where whoever restores the images gets the other pages. Nothing is encrypted, and whoever can connect "
     "can read the process's memory.",
 )
 @click.option("--leave-running", is_flag=True, help="Let the process go on instead of ending it.")
-@click.option(
-    "--stdio",
-    default=opt.Stdio.REFUSE.value,
-    show_default=True,
-    metavar="refuse|null|file[:PATH]",
-    help="What becomes of standard streams that lead to a terminal or another process: refuse to dump, "
-    "/dev/null, or append to a file where it is restored (/var/log/lazymig-PID.log).",
-)
-@click.option(
-    "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
-)
+@stdio("refuse to dump", "where it is restored")
+@TCP_CLOSE
 @click.option(
     "--zstd",
     "compress",
@@ -115,20 +86,14 @@ def dump(
 
 
 @click.command()
-@click.option(
-    "-D",
-    "--images-dir",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="A directory that dump, or CRIU, has written.",
-)
+@images_dir("A directory that dump, or CRIU, has written.", exists=True)
 @click.option(
     "--lazy", is_flag=True, help="Let it run at once, and bring its memory meanwhile: what it needs first."
 )
 @click.option(
     "--from",
     "source",
-    callback=_address,
+    callback=ADDRESS,
     metavar="ADDR[:PORT]",
     help="With --lazy: who serves the pages that are not in the images (dump --serve, or CRIU's dump --lazy-pages).",
 )

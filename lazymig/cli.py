@@ -8,14 +8,14 @@ nothing was touched; 4 failed after commit. ``check`` has its own: 0 source and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import click
 
 from lazymig import report
 from lazymig.checkpoint_cli import dump, restore
+from lazymig.cli_kit import ADDRESS, AS_JSON, PID, SIZE, TCP_CLOSE, TIME, run, stdio
 from lazymig.dropin_cli import page_server, run_lazy_pages
 from lazymig.errors import LazymigError, RefusedError
 from lazymig.images_cli import images
@@ -23,28 +23,6 @@ from lazymig.kernel import kdat
 from lazymig.migrate import options as opt
 from lazymig.predump_cli import predump, untrack
 
-T = TypeVar("T")
-
-
-def _parsed(parse: Callable[[str], T]) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """An option's callback by one of the parsers of migrate/options.py; a repeated option gives a tuple."""
-
-    def one(ctx: click.Context, param: click.Parameter, value: str) -> T:
-        try:
-            return parse(value)
-        except opt.OptionError as e:
-            raise click.BadParameter(str(e), ctx, param) from e
-
-    def callback(ctx: click.Context, param: click.Parameter, value: str | Sequence[str] | None) -> object:
-        if value is None or isinstance(value, str):
-            return None if value is None else one(ctx, param, value)
-        return tuple(one(ctx, param, v) for v in value)
-
-    return callback
-
-
-ADDRESS, SIZE, TIME = _parsed(opt.parse_address), _parsed(opt.parse_size), _parsed(opt.parse_duration_ms)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
 MODE = click.option(
     "--mode",
     type=click.Choice([m.value for m in opt.Mode]),
@@ -172,7 +150,7 @@ def lazy_pages(
 
 
 @main.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@PID
 @click.option(
     "--to",
     "to",
@@ -211,17 +189,8 @@ def lazy_pages(
     help="Bytes per second of bulk data, e.g. 100M. Faults are not limited.",
 )
 @click.option("--dry-run", is_flag=True, help="Only find out whether it can be moved.")
-@click.option(
-    "--stdio",
-    default=opt.Stdio.REFUSE.value,
-    show_default=True,
-    metavar="refuse|null|file[:PATH]",
-    help="What becomes of standard streams that lead to a terminal or another process: refuse to move, "
-    "/dev/null, or append to a file on the destination (/var/log/lazymig-PID.log).",
-)
-@click.option(
-    "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
-)
+@stdio("refuse to move", "on the destination")
+@TCP_CLOSE
 @click.option("--copy-files", is_flag=True, help="Ship regular files that the destination lacks.")
 @click.option(
     "--parent",
@@ -285,17 +254,7 @@ def migrate(
         _fail(e)
     from lazymig.migrate.session import run_migration
 
-    shown = report.reporter(as_json=as_json)
-    try:
-        run_migration(options, shown.event)
-    except RefusedError as e:
-        if shown.final is None:
-            shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
-    except LazymigError as e:
-        shown.error(e)
-    finally:
-        shown.close()
-    sys.exit(shown.exit_status)
+    run(lambda shown: run_migration(options, shown.event), as_json)
 
 
 @main.command()

@@ -3,15 +3,67 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from lazymig import report
 from lazymig.errors import LazymigError, RefusedError
+from lazymig.migrate import options as opt
 
+T = TypeVar("T")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _parsed(parse: Callable[[str], T]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """An option's callback by one of the parsers of migrate/options.py; a repeated option gives a tuple."""
+
+    def one(ctx: click.Context, param: click.Parameter, value: str) -> T:
+        try:
+            return parse(value)
+        except opt.OptionError as e:
+            raise click.BadParameter(str(e), ctx, param) from e
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | Sequence[str] | None) -> object:
+        if value is None or isinstance(value, str):
+            return None if value is None else one(ctx, param, value)
+        return tuple(one(ctx, param, v) for v in value)
+
+    return callback
+
+
+ADDRESS, SIZE, TIME = _parsed(opt.parse_address), _parsed(opt.parse_size), _parsed(opt.parse_duration_ms)
 PID = click.argument("pid", type=click.IntRange(min=1))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
+TCP_CLOSE = click.option(
+    "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
+)
+
+
+def images_dir(text: str, *, exists: bool = False) -> Decorator:
+    """``-D``: the image directory of the command."""
+    kind = click.Path(exists=exists, file_okay=False, path_type=Path)
+    return click.option("-D", "--images-dir", type=kind, required=True, help=text)
+
+
+def parent(what: str, new: str) -> Decorator:
+    """``--parent``: ``what`` the new directory (called ``new``) may stand on."""
+    text = f"{what}: write only what changed since. A relative path counts from {new}, as in CRIU: ../0."
+    return click.option("--parent", type=click.Path(path_type=Path), help=text)
+
+
+def stdio(refusal: str, where: str) -> Decorator:
+    """``--stdio``: what ``refuse`` does, and ``where`` the file of ``file`` is."""
+    return click.option(
+        "--stdio",
+        default=opt.Stdio.REFUSE.value,
+        show_default=True,
+        metavar="refuse|null|file[:PATH]",
+        help=f"What becomes of standard streams that lead to a terminal or another process: {refusal}, "
+        f"/dev/null, or append to a file {where} (/var/log/lazymig-PID.log).",
+    )
 
 
 def run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
@@ -20,7 +72,8 @@ def run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
     try:
         work(shown)
     except RefusedError as e:
-        shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
+        if shown.final is None:
+            shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
     except LazymigError as e:
         shown.error(e)
     finally:

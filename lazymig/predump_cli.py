@@ -7,25 +7,14 @@ from pathlib import Path
 import click
 
 from lazymig import report
-from lazymig.cli_kit import AS_JSON, PID, run
+from lazymig.cli_kit import AS_JSON, PID, images_dir, parent, run
 from lazymig.migrate import options as opt
 
 
 @click.command()
 @PID
-@click.option(
-    "-D",
-    "--images-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Where the layer goes.",
-)
-@click.option(
-    "--parent",
-    type=click.Path(path_type=Path),
-    help="An earlier layer of the same process: write only what changed since. A relative path counts from the "
-    "new layer's directory, as in CRIU: ../0.",
-)
+@images_dir("Where the layer goes.")
+@parent("An earlier layer of the same process", "the new layer's directory")
 @click.option(
     "--track/--no-track",
     default=True,
