@@ -6,11 +6,11 @@ import contextlib
 import os
 import socket
 import struct
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lazymig.errors import LazymigError
+from lazymig.kernel import program
 
 _PROGRAM = Path(__file__).with_name("keeper")
 _MESSAGE = struct.Struct("=IIII")  # struct keep
@@ -55,16 +55,7 @@ class Keeper:
         listener = listen(path, socket.SOCK_SEQPACKET)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with listener, theirs:
-            fds = (theirs.fileno(), listener.fileno())
-            subprocess.Popen(
-                [str(_PROGRAM), *map(str, fds), str(path)],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/",
-            )
+            program.start(_PROGRAM, (theirs.fileno(), listener.fileno()), str(path))
         return cls(ours)
 
     @classmethod

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from lazymig.errors import LazymigError, SyscallError
+from lazymig.kernel import program
 
 _PROGRAM = Path(__file__).with_name("keeper")
 _REQUEST = struct.Struct("=iiQQ")
@@ -27,16 +28,7 @@ class Keeper:
         ours.settimeout(_TIMEOUT_S)
         self._sock = ours
         with theirs:
-            fds = (theirs.fileno(), region_fd, courier_fd)
-            self.process = subprocess.Popen(
-                [str(_PROGRAM), *map(str, fds)],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/",
-            )
+            self.process = program.start(_PROGRAM, (theirs.fileno(), region_fd, courier_fd))
 
     def make_husk(self, pid: int, base: int, size: int) -> None:
         """Clones the husk with exactly this pid; LazymigError ``pid-taken`` when the number is in use."""

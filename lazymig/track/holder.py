@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lazymig.errors import LazymigError, ProcessGoneError
-from lazymig.kernel import procfs
+from lazymig.kernel import procfs, program
 
 _PROGRAM = Path(__file__).with_name("holder")
 _NUMBER = struct.Struct("=i")
@@ -224,26 +224,19 @@ def _remove(place: Path) -> None:
 
 def _spawn(inherited: tuple[int, int, int], state: bytes, lock: int, place: Path) -> None:
     memory = _memfd(state)
-    fds = (*inherited, memory, lock)
     try:
         # It forks itself away: what is waited for is only its first moment.
-        done = subprocess.run(
-            [str(_PROGRAM), *map(str, fds), str(place)],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={},
-            cwd="/",
-            check=False,
-            timeout=_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired as e:
-        raise OSError(errno.ETIMEDOUT, "it does not start", str(_PROGRAM)) from e
+        started = program.start(_PROGRAM, (*inherited, memory, lock), str(place))
     finally:
         os.close(memory)
-    if done.returncode:
-        raise OSError(errno.EIO, f"exit status {done.returncode}", str(_PROGRAM))
+    try:
+        status = started.wait(_TIMEOUT_S)
+    except subprocess.TimeoutExpired as e:
+        started.kill()
+        started.wait()
+        raise OSError(errno.ETIMEDOUT, "it does not start", str(_PROGRAM)) from e
+    if status:
+        raise OSError(errno.EIO, f"exit status {status}", str(_PROGRAM))
 
 
 def _place(pid: int) -> Path:
