@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from lazymig.demo.hosts import Host, HostError, Program
+from lazymig.kernel import procfs
 
 BINARY = Path(__file__).with_name("writer")
 # A tick longer than this many normal ones is one in which the process waited for something.
@@ -92,9 +93,8 @@ class Writer:
             time.sleep(0.001)
 
     def _blocks(self, number: int) -> bool:
-        text = (self.host.proc / str(self.pid) / "status").read_text()
-        (mask,) = (line.split()[1] for line in text.splitlines() if line.startswith("SigBlk:"))
-        return bool(int(mask, 16) >> number - 1 & 1)
+        status = procfs.parse_status((self.host.proc / str(self.pid) / "status").read_text())
+        return bool(status.blocked >> number - 1 & 1)
 
     def mark(self) -> None:
         """Begins measuring anew."""

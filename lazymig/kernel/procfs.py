@@ -180,6 +180,7 @@ class Status:
     umask: int
     pending: int
     shared_pending: int
+    blocked: int
     no_new_privs: int
     seccomp: int
     thread_features: frozenset[str]  # x86: "shstk", "wrss"
@@ -214,6 +215,7 @@ def parse_status(content: str) -> Status:
         umask=get("Umask", lambda s: int(s, 8), "0022"),  # zombies have none
         pending=get("SigPnd", lambda s: int(s, 16)),
         shared_pending=get("ShdPnd", lambda s: int(s, 16)),
+        blocked=get("SigBlk", lambda s: int(s, 16)),
         no_new_privs=get("NoNewPrivs", int, "0"),
         seccomp=get("Seccomp", int, "0"),
         thread_features=get("x86_Thread_features", lambda s: frozenset(s.split()), ""),

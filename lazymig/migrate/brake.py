@@ -6,11 +6,12 @@ that sleeps writes nothing, and each stop would begin its time-out anew (epoll_w
 
 from __future__ import annotations
 
-import os
+import contextlib
 
 import trio
 
-from lazymig.errors import LazymigError
+from lazymig.errors import LazymigError, ProcessGoneError
+from lazymig.kernel import procfs
 from lazymig.migrate.target import Target
 
 STOP_S = 0.003  # at a time: far below what a switch costs
@@ -47,12 +48,9 @@ class Brake:
         now = trio.current_time()
         passed, self._looked = now - self._looked, now
         before, self._ran = self._ran, {}
-        for tid in os.listdir(f"/proc/{self._target.pid}/task"):
-            try:
-                with open(f"/proc/{self._target.pid}/task/{tid}/schedstat", encoding="ascii") as f:
-                    self._ran[int(tid)] = int(f.read().split()[0])
-            except (OSError, IndexError, ValueError):
-                continue
+        for tid in procfs.tids(self._target.pid):
+            with contextlib.suppress(OSError, ProcessGoneError):  # one that has ended
+                self._ran[tid] = int(procfs.text(self._target.pid, f"task/{tid}/schedstat").split()[0])
         used = {t: n - before[t] for t, n in self._ran.items() if t in before}
         busy = [t for t, n in used.items() if n > passed * 1e9 * _BUSY]
         return sorted(busy, key=lambda t: -used[t])[:MAX_THREADS]

@@ -19,8 +19,8 @@ from typing import Any
 
 import trio
 
-from lazymig.errors import CancelledMigrationError, LazymigError, RefusedError
-from lazymig.kernel import ptrace
+from lazymig.errors import CancelledMigrationError, LazymigError, ProcessGoneError, RefusedError
+from lazymig.kernel import procfs, ptrace
 from lazymig.migrate.options import MigrateOptions
 from lazymig.migrate.placement import give_way
 from lazymig.migrate.source import SourceMigration
@@ -71,11 +71,10 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
 def _stopped(pid: int) -> bool:
     """Whether a process is stopped by a signal, or about to be."""
     try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
-            fields = dict(line.split(":", 1) for line in f)
-    except (FileNotFoundError, ProcessLookupError):
+        status = procfs.status(pid)
+    except (FileNotFoundError, ProcessGoneError):
         return False
-    return fields["State"].split()[0] == "T" or bool(int(fields["ShdPnd"], 16) >> signal.SIGSTOP - 1 & 1)
+    return status.state == "T" or bool(status.shared_pending >> signal.SIGSTOP - 1 & 1)
 
 
 def _follow(sock: socket.socket, on_event: Callable[[Event], None]) -> bool:
