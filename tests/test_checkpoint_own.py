@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from harness import PROGRAMS, Snapshot, Watched, appended, goes_on, judge, settl
 
 from lazymig.demo.moves import COMMAND, Command
 from lazymig.demo.writer import Writer
+from lazymig.process import identity
 
 ALL = (
     *("--mib", "8", "--threads", "3", "--timers", "--signals", "--churn", "--sparse", "--shared", "--odd"),
@@ -281,6 +283,23 @@ def test_its_pid_is_taken(two_hosts, tmp_path, images):
     wait_for("its end", lambda: not (source.proc / str(program.pid)).exists())
     restore(source, program, images)
     goes_on(program, 0.1)
+
+
+def test_the_number_of_a_zombie_is_waited_for():
+    """A process that was dumped a moment ago keeps its number until its parent has waited for it."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    (refusal,) = identity.taken(pid, [pid], patience=0.02)
+    assert (refusal.code, refusal.subject) == ("pid-taken", f"pid {pid}")
+    assert "has not waited" in refusal.reason
+    reaper = threading.Timer(0.05, os.waitpid, (pid, 0))
+    reaper.start()
+    assert identity.taken(pid, [pid], patience=30) == []
+    reaper.join()
+    (refusal,) = identity.taken(1, [os.getpid()])
+    assert refusal.subject == f"thread {os.getpid()}"
 
 
 def test_what_cannot_be_dumped_is_refused(two_hosts, tmp_path, images):

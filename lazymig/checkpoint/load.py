@@ -22,7 +22,7 @@ from lazymig.kernel import procfs
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate.capture import MAX_THREADS, Capture
 from lazymig.pb import core_pb2, descriptors_pb2, pstree_pb2, regfile_pb2, state_pb2
-from lazymig.process import cpu
+from lazymig.process import cpu, identity
 from lazymig.process.files import build_id
 from lazymig.process.vmas import Kind, Vma, special
 
@@ -115,7 +115,7 @@ def load(directory: Path) -> Loaded:
         membarrier=process.tc.membarrier_registration_mask,
         arguments=arguments(mm),
     )
-    if refusals := [*_taken(place), *_files(files, space), *_vdso(loaded)]:
+    if refusals := [*identity.taken(pid, place.threads), *_files(files, space), *_vdso(loaded)]:
         raise RefusedError(refusals)
     return loaded
 
@@ -153,17 +153,6 @@ def _process(
 
 
 # ---- what this host has against it
-
-
-def _taken(place: pstree_pb2.pstree_entry) -> list[Refusal]:
-    hint = "end that process, or restore in a pid namespace of its own"
-    return [
-        Refusal(
-            "pid-taken", f"{'pid' if tid == place.pid else 'thread'} {tid}", "this number is in use", hint
-        )
-        for tid in place.threads
-        if os.path.exists(f"/proc/{tid}")
-    ]
 
 
 def _files(files: FilesImage, space: Space) -> list[Refusal]:

@@ -13,7 +13,7 @@ from lazymig.migrate.channel import PATIENCE_S, Channel
 from lazymig.migrate.options import MigrateOptions, Mode, Stdio
 from lazymig.migrate.target import Target
 from lazymig.pb import descriptors_pb2
-from lazymig.process import cpu, files, preflight
+from lazymig.process import cpu, files, identity, preflight
 from lazymig.process.descriptors import DescriptorDumper, DescriptorRestorer, StdioPolicy, boot_digest
 from lazymig.process.vmas import PROT_WRITE, Kind, Layout, Vma
 
@@ -128,18 +128,7 @@ def _written(layout: Layout) -> set[str]:
 
 def check_offer(offer: Offer) -> tuple[list[Refusal], list[str]]:
     """What the destination has against it, and what it only remarks."""
-    refusals = cpu.compare(offer.cpu, cpu.facts())
-    for tid in offer.tids:
-        if os.path.exists(f"/proc/{tid}"):
-            what = f"pid {tid}" if tid == offer.pid else f"thread {tid}"
-            refusals.append(
-                Refusal(
-                    "pid-taken",
-                    what,
-                    "this number is in use on the destination",
-                    "end that process, or use a destination in a pid namespace of its own",
-                )
-            )
+    refusals = [*cpu.compare(offer.cpu, cpu.facts()), *identity.taken(offer.pid, offer.tids)]
     if missing := kdat.features().missing("destination"):
         refusals += [Refusal("kernel-feature", p.name, p.meaning) for p in missing]
     for facts in offer.files:

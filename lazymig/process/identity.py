@@ -1,10 +1,18 @@
-"""A process's place among others: session, process group, parent."""
+"""A process's place among others: its numbers, session, process group, parent."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+
 from lazymig.arch import SYS
+from lazymig.errors import ProcessGoneError, Refusal
+from lazymig.kernel import procfs
 from lazymig.kernel.batch import Batch, Steps
 from lazymig.pb import pstree_pb2
+
+REAP_PATIENCE_S = 2.0
+_POLL_S = 0.01
 
 
 def dump(b: Batch, pid: int) -> Steps[pstree_pb2.pstree_entry]:
@@ -37,3 +45,32 @@ def restore(b: Batch, place: pstree_pb2.pstree_entry, pid: int) -> Steps[list[st
             c.check("setpgid", f"pid {pid}")
         return []
     return [f"its process group {place.pgid} stays behind: here it belongs to that of its new parent"]
+
+
+def taken(pid: int, tids: Iterable[int], patience: float = REAP_PATIENCE_S) -> list[Refusal]:
+    """Which numbers of a process and its threads are in use on this host.
+
+    One that was moved away or dumped a moment ago is a zombie until its parent waits for it, and so are its numbers:
+    that is given ``patience`` seconds.
+    """
+    end = time.monotonic() + patience
+    refusals = []
+    for tid in tids:
+        while (state := _state(tid)) == "Z" and time.monotonic() < end:
+            time.sleep(_POLL_S)
+        what = f"pid {tid}" if tid == pid else f"thread {tid}"
+        if state == "Z":
+            reason = "this number belongs to a process that has ended, but its parent has not waited for it"
+            refusals.append(Refusal("pid-taken", what, reason, "end or wake that parent, and try again"))
+        elif state:
+            hint = "end that process, or use a pid namespace of its own"
+            refusals.append(Refusal("pid-taken", what, "this number is in use here", hint))
+    return refusals
+
+
+def _state(tid: int) -> str:
+    """The letter of /proc/TID/stat, or "" when nobody has this number."""
+    try:
+        return procfs.stat(tid).state
+    except ProcessGoneError:
+        return ""
