@@ -1,6 +1,6 @@
 """The drop-in against CRIU's own lazy-pages daemon: the same dump, the same restore, side by side in one run.
 
-    python bench/dropin.py [--runs 3] [--only drain touch-1ms touch-5ms] [--json]
+    python -m bench.dropin [--runs 3] [--only drain touch-1ms touch-5ms] [--json]
 
 Two isolated hosts on this machine over a veth pair; a real criu dump --lazy-pages is the source for both daemons.
 *drain*: a quiet process of 1 GiB, from its first page to its last. *touch*: a process of
@@ -12,7 +12,6 @@ when a ratio is below its limit.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
 import subprocess
@@ -24,18 +23,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from bench import criu_package as criu
+from bench.machine import machine
 from lazymig.demo.hosts import PIPE, Host, Program, two_hosts
 from lazymig.demo.writer import warm_memory
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
-criu: Any = importlib.import_module("criu")
-machine: Callable[[], str] = importlib.import_module("speed").machine
 
 # name: MiB, round trip in ms (None: no relay), touched by the process, least ratio
 KINDS: dict[str, tuple[int, float | None, bool, float]] = {
@@ -136,7 +133,7 @@ class Run:
         program = self._start_program(stack)
         wait_until("the memory is filled", self.out.exists, 0.02)
         where = ("--address", self.source.address, "--port", str(DUMP_PORT))
-        dump = ("dump", "-t", program.pid, "-D", self.images, "-o", "dump.log", "--lazy-pages", *where)
+        dump = ("dump", "-t", str(program.pid), "-D", self.images, "-o", "dump.log", "--lazy-pages", *where)
         # The dump's pipes share the pages of the process: nothing more is needed on that side.
         source = stack.enter_context(self.criu.serve(self.source, *dump, cwd=self.tmp))
         port = self._start_relay(stack)
@@ -157,10 +154,9 @@ class Run:
         return rate
 
     def _start_program(self, stack: ExitStack) -> Program:
-        inside: Any = criu.Inside(self.source, self.tmp / "err")
-        words = [self.toucher, str(self.mib), self.out, self.go]
-        program: Program = stack.enter_context(inside.popen(words, cwd=self.tmp))
-        return program
+        inside = criu.Inside(self.source, self.tmp / "err")
+        words: list[str | Path] = [self.toucher, str(self.mib), self.out, self.go]
+        return stack.enter_context(inside.popen(words, cwd=self.tmp))
 
     def _start_relay(self, stack: ExitStack) -> int:
         if self.rtt_ms is None:
@@ -185,8 +181,7 @@ class Run:
         server = ("--page-server", "--address", self.source.address, "--port", str(port))
         if self.daemon == "criu":
             args = ("lazy-pages", "-D", self.images, "-o", "lazy.log", "-v1", *server)
-            theirs: Program = stack.enter_context(self.criu.serve(self.destination, *args, cwd=self.tmp))
-            return theirs
+            return stack.enter_context(self.criu.serve(self.destination, *args, cwd=self.tmp))
         words = [sys.executable, "-m", "lazymig", "lazy-pages", "-D", str(self.images), *server]
         with open(self.tmp / "lazy.log", "wb") as log:
             ours = self.destination.popen(words, stdout=log, stderr=log, cwd=self.tmp)

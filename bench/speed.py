@@ -1,6 +1,6 @@
 """The speed of moves, as the moved process itself sees it: downtime, stall, bulk rate, slow-down, small processes.
 
-    python bench/speed.py [--runs 5] [--only 512/20 ...] [--mode hybrid] [--json]
+    python -m bench.speed [--runs 5] [--only 512/20 ...] [--mode hybrid] [--json]
 
 Two isolated hosts on this machine over a veth pair; the median of the runs; memory warmed before each. Exit status 1
 when a limit is exceeded.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import machine
 from lazymig.demo.hosts import Host, two_hosts
 from lazymig.demo.moves import Daemon, Move, migrate
 from lazymig.demo.writer import Gaps, Report, Writer, warm_memory
@@ -144,15 +144,6 @@ def measure(runs: int, only: list[str], mode: str, say: Callable[[str], None]) -
             say(f"tiny #{i}: {tiny.runs[-1]:.0f} ms")
         results.append(tiny)
     return results
-
-
-def machine() -> str:
-    """Kernel, processor and memory, as one line."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    kib = int(Path("/proc/meminfo").read_text().split()[1])
-    u = os.uname()
-    return f"Linux {u.release} {u.machine}, {os.cpu_count()} x {cpu}, {kib / (1 << 20):.0f} GiB"
 
 
 def main() -> int:
