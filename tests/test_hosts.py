@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import wait_for
 
 from lazymig.demo.hosts import DEVNULL, PIPE, Host, HostError, Link, two_hosts
 
@@ -39,7 +40,8 @@ def test_two_hosts_reach_each_other_and_nothing_else():
 def test_pids_inside_and_outside():
     with two_hosts() as (a, b), a.popen(["sleep", "60"]) as program:
         assert 10000 < program.pid < 20000
-        assert Path(f"/proc/{program.outer_pid}/comm").read_text() == "sleep\n"
+        # Its descriptors of before are closed, which popen waits for, a moment before it has its new name.
+        wait_for("sleep", lambda: Path(f"/proc/{program.outer_pid}/comm").read_text() == "sleep\n")
         assert a.outer_pid(program.pid) == program.outer_pid
         assert a.pids() == [program.pid]
         assert b.pids() == []
@@ -71,6 +73,17 @@ def test_a_program_has_its_streams_its_directory_and_its_status(tmp_path):
         with pytest.raises(HostError, match="exit status 3"):
             host.run(["sh", "-c", "exit 3"], check=True)
         assert host.pids() == []
+
+
+def test_signals_that_the_creator_blocks_are_not_blocked_inside():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD, signal.SIGTERM])
+    try:
+        with Host("lonely") as host, host.popen(["grep", "SigBlk", "/proc/self/status"], stdout=PIPE) as p:
+            assert p.wait(20) == 0
+            assert p.stdout is not None
+            assert int(p.stdout.read().split()[1], 16) == 0
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_init_reaps_orphans():

@@ -153,6 +153,8 @@ def main() -> None:
         control.close()
         os.waitpid(first, 0)
         os._exit(0)
+    # The creator may have blocked SIGCHLD (a tracer does), without which nobody here would ever be reaped.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     init = Init(control)
     try:
         init.boot(sys.argv[2], int(sys.argv[3]))

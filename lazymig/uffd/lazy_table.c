@@ -456,12 +456,14 @@ static bool place_in_space(lm_lazy *z, lm_space *s, uint64_t page, uint64_t src,
 			case ESRCH:
 				lm_space_drop(z, s);
 				return true;
-			case ENOENT: /* not in one mapping, or not mapped */
-				if (count > 1) {
-					r = lm_uffd_copy(s->uffd, dst, data, LM_PAGE, 0);
-					if (r.err == EAGAIN || r.err == ENOMEM)
-						return false;
-				}
+			case ENOENT:
+				/* Not in one mapping, or not mapped. Once more, also for a single page: the kernel may
+				 * have looked whether mappings change just before an mremap took this one away, and a
+				 * page given up now would be zero at its new place. Until that event is read, which
+				 * nobody else does meanwhile, a second try says EAGAIN. */
+				r = lm_uffd_copy(s->uffd, dst, data, LM_PAGE, 0);
+				if (r.err == EAGAIN || r.err == ENOMEM)
+					return false;
 				/* fall through */
 			case EEXIST:
 				done = 1;
