@@ -16,11 +16,14 @@ import msgpack
 import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
+from lazymig.native import ffi, lib
 
 VERSION = 1
 MAX_BODY = 64 << 20  # a layout of 100,000 VMAs and the state of 1,000 threads stay below
 MAX_ATTACHMENT = 256 << 20
 MAX_HELLO = 4096
+MAX_VALUES = 4 << 20  # in a body: what a short byte becomes here is an object of some 70
+_FEW = 1 << 20  # bytes of a body that cannot hold too many
 PATIENCE_S = float(os.environ.get("LAZYMIG_PATIENCE", "20"))  # with a peer that is there and does nothing
 _HEAD = struct.Struct("<II")
 
@@ -39,6 +42,11 @@ def encode(frame: Frame, attachment: bytes = b"") -> bytes:
 
 def decode_body(body: bytes) -> Frame:
     """A frame's map; ProtocolError unless it is one with a name."""
+    if (
+        len(body) > _FEW
+        and lib.lm_msgpack_values(ffi.from_buffer("uint8_t[]", body), len(body), MAX_VALUES) > MAX_VALUES
+    ):
+        raise ProtocolError("a frame holds too many values")
     try:
         frame = msgpack.unpackb(body, raw=False, unicode_errors="surrogateescape", strict_map_key=False)
     except Exception as e:
