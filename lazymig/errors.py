@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno as _errno
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+
+MAX_TOLD = 2000  # characters of a text that the other host wrote
+
+
+def told(value: object) -> str:
+    """A text that the other host wrote, as it may be shown here: bounded, in one line, nothing that moves a cursor."""
+    if not isinstance(value, str):
+        return ""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value[:MAX_TOLD])
 
 
 class LazymigError(Exception):
@@ -39,13 +50,13 @@ class LazymigError(Exception):
         return {"code": self.code, "message": self.message, "subject": self.subject, "hint": self.hint}
 
     @staticmethod
-    def from_wire(d: dict[str, str]) -> LazymigError:
+    def from_wire(d: Mapping[str, object]) -> LazymigError:
         """The peer's error, with the code it had there."""
         return RemoteSideError(
-            str(d.get("message", "")),
-            code=str(d.get("code", "error")),
-            subject=str(d.get("subject", "")),
-            hint=str(d.get("hint", "")),
+            told(d.get("message")),
+            code=told(d.get("code")) or "error",
+            subject=told(d.get("subject")),
+            hint=told(d.get("hint")),
         )
 
 
@@ -69,6 +80,21 @@ class ProtocolError(LazymigError):
     """The peer sent something that the protocol does not allow; the connection is not used any more."""
 
     code = "protocol"
+
+
+# What code raises that is given values of other kinds or sizes than it was made for.
+UNSOUND = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, struct.error)
+
+
+@contextlib.contextmanager
+def unsound(what: str, subject: str = "") -> Iterator[None]:
+    """Around what takes a peer's message apart: what no sound one makes it do is a ProtocolError naming ``what``."""
+    try:
+        yield
+    except UNSOUND as e:
+        raise ProtocolError(
+            f"unsound: {what} ({type(e).__name__}: {told(str(e))[:200]})", subject=subject
+        ) from e
 
 
 class PeerLostError(LazymigError):

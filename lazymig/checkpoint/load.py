@@ -20,7 +20,8 @@ from lazymig.images.pagemap import LayerReader
 from lazymig.images.writer import IMG_VERSION
 from lazymig.kernel import procfs
 from lazymig.kernel.ranges import RangeSet
-from lazymig.migrate.capture import MAX_THREADS, Capture
+from lazymig.migrate.capture import Capture
+from lazymig.migrate.frames import MAX_THREADS
 from lazymig.pb import core_pb2, descriptors_pb2, pstree_pb2, regfile_pb2, state_pb2
 from lazymig.process import cpu, identity
 from lazymig.process.files import build_id

@@ -22,7 +22,7 @@ from lazymig.migrate.options import Mode
 from lazymig.migrate.parts import lazy_capable
 from lazymig.pb import descriptors_pb2
 from lazymig.process import calls, state
-from lazymig.process.descriptors import DescriptorRestorer
+from lazymig.process.descriptors import DescriptorRestorer, dump_from
 from lazymig.process.limits import register_membarrier
 from lazymig.process.threads import restore_thread, restore_xcomp, set_final, write_rseq_cs
 from lazymig.process.vmas import Kind, Layout, LayoutDiff, Vma
@@ -124,7 +124,7 @@ class Builder:
         """Puts back descriptors and state, as far as no page has to be in place for that."""
         skeleton, pid = self.skeleton, self.pid
         skeleton.set_threads([i.state.tid for i in captured.threads])
-        placements = self.restorer.finish(descriptors_pb2.DescriptorsDump.FromString(captured.fds))
+        placements = self.restorer.finish(dump_from(captured.fds))
         exe = self._open_exe(state.exe_path(captured.process))
         try:
             skeleton.install_fds([(p.fd, p.local_fd, p.cloexec) for p in placements])

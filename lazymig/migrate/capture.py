@@ -7,16 +7,18 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazymig.errors import LazymigError, ProtocolError
+from lazymig.errors import LazymigError, ProtocolError, unsound
 from lazymig.kernel.batch import run_all_steps
 from lazymig.kernel.ranges import RangeSet
+from lazymig.migrate import frames
+from lazymig.migrate.frames import MAX_THREADS
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
 from lazymig.process import state
 from lazymig.process.descriptors import DescriptorDumper
 from lazymig.process.threads import ThreadImage, dump_thread, dump_xcomp
 from lazymig.process.vmas import Kind
 
-MAX_THREADS = 7000
+_MAX_PENDING = 1 << 17
 
 
 @dataclass(slots=True)
@@ -49,17 +51,18 @@ class Capture:
     @staticmethod
     def from_wire(w: dict[str, Any]) -> Capture:
         """The inverse; ProtocolError when something is missing or unsound."""
-        try:
-            threads = [ThreadImage.from_wire(t) for t in w["threads"]]
-            pending = [[int(n) for n in some] for some in w["pending"]]
-            states = [bytes(s) for s in w["thread_states"]]
+        with unsound("a state"):
+            threads = [ThreadImage.from_wire(t) for t in frames.rows(w["threads"], MAX_THREADS)]
+            pending = [
+                [frames.number(n, 64, least=1) for n in frames.rows(some, _MAX_PENDING)]
+                for some in frames.rows(w["pending"], MAX_THREADS)
+            ]
+            states = [frames.octets(s) for s in frames.rows(w["thread_states"], MAX_THREADS)]
             capture = Capture(
-                threads, int(w["xcomp"]), bytes(w["process"]), states, bytes(w["fds"]), pending,
-                bool(w["seccomp"]), RangeSet.from_bytes(w["guards"]),
+                threads, frames.number(w["xcomp"], (1 << 64) - 1), frames.octets(w["process"]), states,
+                frames.octets(w["fds"]), pending, bool(w["seccomp"]), RangeSet.from_bytes(w["guards"]),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as e:
-            raise ProtocolError(f"an unsound state: {e!r}") from None
-        if not 0 < len(threads) <= MAX_THREADS or not len(threads) == len(states) == len(pending):
+        if not threads or not len(threads) == len(states) == len(pending):
             raise ProtocolError("threads do not match")
         return capture
 

@@ -6,20 +6,18 @@ connections. Until it answers a commit every failure ends in `_abort`, after whi
 
 from __future__ import annotations
 
-import signal
 import socket
 import struct
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.kernel.ranges import RangeSet
-from lazymig.migrate import layer
+from lazymig.migrate import frames, layer
 from lazymig.migrate import offer as offers
 from lazymig.migrate.builder import Builder
 from lazymig.migrate.capture import Capture
@@ -28,9 +26,9 @@ from lazymig.migrate.links import idle_s
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
 from lazymig.migrate.states import DESTINATION_STEPS, OWN, Act, Destination, Machine, Word
-from lazymig.pb import descriptors_pb2
+from lazymig.process.descriptors import dump_from
 from lazymig.process.files import FileReceiver
-from lazymig.process.vmas import Layout, LayoutDiff
+from lazymig.process.vmas import Layout
 from lazymig.uffd.lazy import LazyMemory
 from page_server.receiver import BulkReceiver
 
@@ -149,7 +147,7 @@ class DestinationMigration:
                 "layout", "parent", "round", "drop", "file", "state", within=_ROUND_PATIENCE_S
             )
             if frame["t"] == "file":
-                self.files.handle(dict(frame["head"]), attachment)
+                self.files.handle(frames.file_head(frame), attachment)
                 continue
             if first:
                 self._start(frame)
@@ -159,13 +157,14 @@ class DestinationMigration:
                     self._built.lazy.start()
                 first = False
             if frame["t"] == "layout":
-                self._apply(frame)
+                self._apply(frames.change(frame))
             elif frame["t"] == "round":
-                await self._round(int(frame["seq"]), RangeSet.from_bytes(attachment))
-                await self.control.send({"t": "round-done", "seq": frame["seq"]})
+                seq = frames.sequence(frame)
+                await self._round(seq, RangeSet.from_bytes(attachment))
+                await self.control.send({"t": "round-done", "seq": seq})
             elif frame["t"] == "parent":
                 pages = RangeSet.from_bytes(attachment) & self._built.memory.layout.ranges()
-                load = partial(layer.load, Path(str(frame["dir"])), str(frame["layer"]), self.offer.pid)
+                load = partial(layer.load, *frames.parent(frame), self.offer.pid)
                 await trio.to_thread.run_sync(load, pages, self._built.mem_fd)
                 await self.control.send({"t": "parent-done"})
             elif frame["t"] == "drop":
@@ -181,18 +180,16 @@ class DestinationMigration:
     def _start(self, frame: dict[str, Any]) -> None:
         if frame["t"] != "layout":
             raise ProtocolError("the first frame is not a layout")
-        layout = Layout(LayoutDiff.from_wire(frame["diff"]).map)
+        layout = Layout(frames.change(frame).diff.map)
         self.builder = Builder(self.offer.pid, layout)
         self.machine.to(Destination.SKELETON)
-        draft = descriptors_pb2.DescriptorsDump.FromString(self.offer.fds)
-        self.builder.open(draft, self.offer.highest_fd)
+        self.builder.open(dump_from(self.offer.fds), self.offer.highest_fd)
 
-    def _apply(self, frame: dict[str, Any]) -> None:
-        sizes = {(int(dev), int(inode)): int(size) for dev, inode, size in frame["objects"]}
-        self._built.apply(LayoutDiff.from_wire(frame["diff"]), sizes)
-        self._built.register_membarrier(int(frame.get("membarrier") or 0))
-        if "tids" in frame:
-            self._built.skeleton.set_threads([int(t) for t in frame["tids"]])
+    def _apply(self, change: frames.Change) -> None:
+        self._built.apply(change.diff, change.sizes)
+        self._built.register_membarrier(change.membarrier)
+        if change.tids is not None:
+            self._built.skeleton.set_threads(change.tids)
 
     async def _round(self, seq: int, gone: RangeSet) -> None:
         self._built.drop(gone)
@@ -229,28 +226,22 @@ class DestinationMigration:
         captured = Capture.from_wire(frame)
         restored = builder.restore(captured)
         step("state")
-        frame, attachment = self.control.expect_now("prepare")
+        prepare = frames.prepare(*self.control.expect_now("prepare"))
         step("wait")
-        lazy_len = int(frame["lazy_len"])
-        if not 0 <= lazy_len <= len(attachment):
-            raise ProtocolError("page lists do not fit")
-        lazy = RangeSet.from_bytes(attachment[:lazy_len])
-        drop = RangeSet.from_bytes(attachment[lazy_len:])
-        offers.check_files(frame["files"])
-        if "diff" in frame:
-            self._apply(frame)
+        offers.check_files(prepare.files)
+        if prepare.change is not None:
+            self._apply(prepare.change)
         step("layout")
-        builder.drop(drop)
+        builder.drop(prepare.drop)
         step("drop")
-        seq = int(frame["seq"])
-        self._open_gates(seq)
+        self._open_gates(prepare.seq)
         builder.after_install()
-        await self._placed(seq)
+        await self._placed(prepare.seq)
         step("eager")
         builder.settle(restored)
         step("threads")
         if builder.lazy is not None:
-            builder.arm(lazy)
+            builder.arm(prepare.lazy)
             for r in self.receivers:
                 r.go_lazy(builder.lazy)
         step("arm")
@@ -259,8 +250,7 @@ class DestinationMigration:
         self.machine.to(Destination.READY)
         self.control.send_now({"t": "ready", "warnings": warnings})
         commit, _ = self.control.expect_now("commit")
-        signals = [int(n) for n in commit["signals"]]
-        await self._run_it([n for n in signals if n in range(1, 65) and n != signal.SIGSTOP])
+        await self._run_it(frames.late_signals(commit))
 
     async def _run_it(self, signals: list[int]) -> None:
         builder = self._built

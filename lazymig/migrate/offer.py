@@ -7,17 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazymig.errors import LazymigError, ProtocolError, Refusal, RefusedError
+from lazymig.errors import LazymigError, ProtocolError, Refusal, RefusedError, unsound
 from lazymig.kernel import kdat
+from lazymig.migrate import frames
 from lazymig.migrate.channel import PATIENCE_S, Channel
 from lazymig.migrate.options import MigrateOptions, Mode, Stdio
 from lazymig.migrate.target import Target
 from lazymig.pb import descriptors_pb2
 from lazymig.process import cpu, files, identity, preflight
-from lazymig.process.descriptors import DescriptorDumper, DescriptorRestorer, StdioPolicy, boot_digest
+from lazymig.process.descriptors import (
+    MAX_FD,
+    DescriptorDumper,
+    DescriptorRestorer,
+    StdioPolicy,
+    boot_digest,
+    dump_from,
+)
 from lazymig.process.vmas import PROT_WRITE, Kind, Layout, Vma
 
 MAX_STREAMS = 16
+MAX_FILES = 1 << 17
 
 
 @dataclass(slots=True)
@@ -56,29 +65,21 @@ class Offer:
     @staticmethod
     def from_wire(w: dict[str, Any]) -> Offer:
         """The inverse; ProtocolError when unsound."""
-        try:
+        with unsound("an offer"):
             offer = Offer(
-                pid=int(w["pid"]),
-                tids=[int(t) for t in w["tids"]],
+                pid=frames.number(w["pid"], frames.MAX_TID - 1, least=2),
+                tids=frames.tids_of(w["tids"]),
                 mode=Mode(w["mode"]),
-                streams=int(w["streams"]),
+                streams=frames.number(w["streams"], MAX_STREAMS, least=1),
                 dry_run=bool(w["dry_run"]),
                 copy_files=bool(w["copy_files"]),
-                highest_fd=int(w["highest_fd"]),
+                highest_fd=frames.number(w["highest_fd"], MAX_FD - 1),
                 cpu=dict(w["cpu"]),
-                fds=bytes(w["fds"]),
-                files=[files.FileFacts.from_wire(f) for f in w["files"]],
+                fds=frames.octets(w["fds"]),
+                files=[files.FileFacts.from_wire(f) for f in frames.rows(w["files"], MAX_FILES)],
             )
-        except (KeyError, TypeError, ValueError) as e:
-            raise ProtocolError(f"an unsound offer: {e!r}") from None
-        if (
-            not 1 < offer.pid < 1 << 22
-            or not 1 <= offer.streams <= MAX_STREAMS
-            or offer.pid not in offer.tids
-        ):
-            raise ProtocolError("numbers out of bounds", subject=f"pid {offer.pid}")
-        if not 0 <= offer.highest_fd < 1 << 20:
-            raise ProtocolError("a descriptor number is out of bounds", subject=f"fd {offer.highest_fd}")
+        if offer.pid != offer.tids[0]:
+            raise ProtocolError("its main thread is not the first", subject=f"pid {offer.pid}")
         return offer
 
 
@@ -141,7 +142,7 @@ def check_files(facts: object) -> None:
     """The strict check at the freeze: what was being written must be here as the source has it now."""
     if not isinstance(facts, list):
         raise ProtocolError("no list of files")
-    refusals = [files.compare(files.FileFacts.from_wire(f), strict=True) for f in facts]
+    refusals = [files.compare(files.FileFacts.from_wire(f), strict=True) for f in facts[:MAX_FILES]]
     if found := [r for r in refusals if r is not None]:
         raise RefusedError(found)
 
@@ -154,20 +155,11 @@ def writable_facts(capture_fds: bytes, layout: Layout | None = None) -> list[dic
     return [f.to_wire() for f in found if f.writing]
 
 
-def refusals_from_wire(frame: dict[str, Any]) -> list[Refusal]:
-    """The destination's refusals."""
-    return [
-        Refusal(*(str(r.get(k, "")) for k in ("code", "subject", "reason", "hint")))
-        for r in frame.get("refusals", [])
-        if isinstance(r, dict)
-    ]
-
-
 def files_to_ship(offer: Offer) -> list[str]:
     """Paths of files that the source should send, because this host lacks them or has others."""
     if not offer.copy_files:
         return []
-    draft = descriptors_pb2.DescriptorsDump.FromString(offer.fds)
+    draft = dump_from(offer.fds)
     # A file that both hosts share and somebody has just changed must not be replaced by a copy of itself.
     shared = draft.boot == boot_digest()
     return [f.path for f in offer.files if files.compare(f) is not None and not (shared and files.is_here(f))]
@@ -195,7 +187,7 @@ async def ship_files(
 ) -> None:
     """Sends the files that the destination asked for; only such as the process uses."""
     offered = {f.path: f.mapped and f.writing for f in offer.files}
-    for path in frame["paths"]:
+    for path in frames.wanted_files(frame):
         if path not in offered:
             raise ProtocolError(
                 "the destination asks for a file that the process does not use", subject=str(path)[:80]
@@ -210,4 +202,4 @@ async def receive_files(control: Channel, receiver: files.FileReceiver) -> None:
         frame, data = await control.expect("file", "files-end", within=PATIENCE_S)
         if frame["t"] == "files-end":
             return
-        receiver.handle(dict(frame["head"]), data)
+        receiver.handle(frames.file_head(frame), data)

@@ -26,6 +26,7 @@ from lazymig.errors import (
     SyscallError,
 )
 from lazymig.kernel.ranges import RangeSet
+from lazymig.migrate import frames
 from lazymig.migrate import offer as offers
 from lazymig.migrate.brake import Brake
 from lazymig.migrate.capture import Capture, capture, rehearse
@@ -213,9 +214,9 @@ class SourceMigration:
             await self.links.control.send({"t": "files-end"})
             frame, _ = await self.links.control.expect("accept", "refuse", within=PATIENCE_S)
         if frame["t"] == "refuse":
-            raise RefusedError(offers.refusals_from_wire(frame))
-        for note in frame.get("notes", []):
-            self.emit({"event": "warning", "text": str(note)})
+            raise RefusedError(frames.refusals(frame))
+        for note in frames.texts(frame, "notes"):
+            self.emit({"event": "warning", "text": note})
 
     async def _send_file(self, head: dict[str, object], data: bytes) -> None:
         await self.links.control.send({"t": "file", "head": head}, data)
@@ -438,8 +439,8 @@ class SourceMigration:
         self.emit({"event": "freeze"})
         self.emit({"event": "commit"})
         self.emit({"event": "running", "downtime_ms": downtime, "breakdown": dict(self._steps)})
-        for warning in ready.get("warnings", []):
-            self.emit({"event": "warning", "text": str(warning)})
+        for warning in frames.texts(ready, "warnings"):
+            self.emit({"event": "warning", "text": warning})
         return await self._serve(lazy, eager, downtime)
 
     def _residual(self, captured: Capture) -> tuple[RangeSet, RangeSet, RangeSet]:
@@ -521,17 +522,17 @@ class SourceMigration:
     async def _serve(self, lazy: RangeSet, eager: RangeSet, downtime: float) -> Event:
         self.machine.to(Source.SERVE)
         with trio.CancelScope(shield=True):
-            done: Event = {}
+            done: frames.Done | None = None
 
             async def wait_done() -> None:
                 nonlocal done
                 while True:
                     got, _ = await self.links.control.expect("progress", "done")
                     if got["t"] == "done":
-                        done = got
+                        done = frames.done(got)
                         nursery.cancel_scope.cancel()
                         return
-                    self.emit({"event": "drain", "left": got["left"], "total": lazy.pages})
+                    self.emit({"event": "drain", "left": frames.pages_left(got), "total": lazy.pages})
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait_done)
@@ -544,11 +545,12 @@ class SourceMigration:
             await self.links.aclose()
             self.machine.to(Source.DONE)
             self.target.close()
+            assert done is not None
             return self._report(downtime, done, served, lazy, eager)
         raise AssertionError("nobody cancels this scope")
 
     def _report(
-        self, downtime: float, done: Event, served: SourceStats, lazy: RangeSet, eager: RangeSet
+        self, downtime: float, done: frames.Done, served: SourceStats, lazy: RangeSet, eager: RangeSet
     ) -> Event:
         copied = sum(r.pages for r in self.records if r.kind == "copy")
         return {
@@ -557,8 +559,8 @@ class SourceMigration:
             "mode": str(self.options.mode),
             "downtime_ms": downtime,
             "breakdown": self._steps,
-            "destination_breakdown": done.get("breakdown", {}),
-            "stall_ms": done["stall_ns"] / 1e6,
+            "destination_breakdown": done.breakdown,
+            "stall_ms": done.stall_ns / 1e6,
             "total_ms": (time.monotonic() - self._started) * 1e3,
             "rounds": [{**asdict(r), "rate_mbps": r.rate_mbps} for r in self.records],
             "bytes": {
@@ -568,8 +570,8 @@ class SourceMigration:
                 "control": self.links.control.bytes_sent + self.links.control.bytes_received,
             },
             "pages": {"copied": copied, "eager": eager.pages, "lazy": lazy.pages, "pushed": served.pushed},
-            "faults": done["faults"],
-            "fault_histogram_us": done["hist"],
+            "faults": done.faults,
+            "fault_histogram_us": done.hist,
             "peer": self.links.control.peer,
         }
 

@@ -18,8 +18,10 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from google.protobuf.message import DecodeError
+
 from lazymig.arch import SYS
-from lazymig.errors import ProtocolError, Refusal, RefusedError
+from lazymig.errors import UNSOUND, LazymigError, ProtocolError, Refusal, RefusedError, told
 from lazymig.kernel.batch import Batch, Call, Steps
 from lazymig.pb import descriptors_pb2, fdinfo_pb2, remap_file_path_pb2
 from lazymig.process.fd_memfd import fill_memfd, make_memfd, memfd_name, seal, take_memfd
@@ -295,6 +297,16 @@ class Placement:
     cloexec: bool
 
 
+def dump_from(data: bytes) -> descriptors_pb2.DescriptorsDump:
+    """A DescriptorsDump message that came from a peer; ProtocolError when it is none."""
+    try:
+        dump = descriptors_pb2.DescriptorsDump.FromString(data)
+    except DecodeError as e:
+        raise ProtocolError(f"no descriptors: {e}") from None
+    check(dump)
+    return dump
+
+
 def check(dump: descriptors_pb2.DescriptorsDump) -> None:
     """Refuses what no honest source sends; raises ProtocolError."""
     numbers = [r.fd for r in dump.fd]
@@ -471,7 +483,7 @@ class DescriptorRestorer:
     def _make(self, kind: Kind, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> int:
         try:
             return kind.make(entry, ctx)
-        except OSError as e:
+        except (OSError, *UNSOUND) as e:
             raise self._failed(e, entry, ctx) from e
 
     def _try(
@@ -482,11 +494,13 @@ class DescriptorRestorer:
     ) -> None:
         try:
             step(ctx.made[entry.id], entry, ctx)
-        except OSError as e:
+        except (OSError, *UNSOUND) as e:
             raise self._failed(e, entry, ctx) from e
 
-    def _failed(self, e: OSError, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> DescriptorError:
-        what = entry.reg.name if entry.HasField("reg") else fdinfo_pb2.fd_types.Name(entry.type).lower()
+    def _failed(self, e: Exception, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> LazymigError:
+        what = told(entry.reg.name) if entry.HasField("reg") else fdinfo_pb2.fd_types.Name(entry.type).lower()
+        if not isinstance(e, OSError):
+            return ProtocolError(f"unsound: {type(e).__name__}: {e}", subject=ctx.subject(entry.id, what))
         hint = "raise the open files limit (RLIMIT_NOFILE) of the daemon" if e.errno == errno.EMFILE else ""
         return DescriptorError(
             f"cannot be made: {e.strerror}", subject=ctx.subject(entry.id, what), hint=hint

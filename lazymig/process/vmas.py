@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from lazymig.errors import LazymigError, ProcessGoneError, ProtocolError
+from lazymig.errors import LazymigError, ProcessGoneError, ProtocolError, unsound
 from lazymig.kernel.ranges import RangeSet
 
+MAX_VMAS = 1 << 17  # of one process; the kernel allows 65530 unless told otherwise (sysctl vm.max_map_count)
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 TASK_SIZE = 0x7FFF_FFFF_F000  # x86-64 with four-level page tables, the highest address a process maps unasked
 
@@ -132,17 +133,26 @@ class Vma:
         fields: Any = w
         try:
             start, end, kind, prot, offset, dev, inode, path, flags, deleted, name = fields
+            types = {type(start), type(end), type(prot), type(offset), type(dev), type(inode)}
+            if types != {int} or not isinstance(path, str) or not isinstance(name, str):
+                raise TypeError("fields of other types")
             vma = Vma(
-                int(start), int(end), Kind(kind), int(prot), int(offset), int(dev), int(inode),
-                str(path), frozenset(map(str, flags)), bool(deleted), str(name),
-            )  # fmt: skip
+                start, end, Kind(kind), prot, offset, dev, inode, path, frozenset(flags), bool(deleted), name
+            )
         except (TypeError, ValueError) as e:
             raise ProtocolError(f"not a VMA: {e}") from None
         if not (0 <= vma.start < vma.end <= TASK_SIZE) or (vma.start | vma.end | vma.offset) % 4096:
             raise ProtocolError("address out of bounds", subject=f"vma {vma.start:#x}-{vma.end:#x}")
         if vma.prot & ~7 or vma.offset < 0 or vma.flags - CARRIED_FLAGS or vma.kind is Kind.OTHER:
             raise ProtocolError("unknown attributes", subject=f"vma {vma.start:#x}-{vma.end:#x}")
-        if len(vma.path) > 4096 or "\0" in vma.path or (vma.path and not vma.path.startswith(("/", "["))):
+        if not 0 <= vma.dev < 1 << 32 or not 0 <= vma.inode < 1 << 64 or vma.offset >= 1 << 63:
+            raise ProtocolError("number out of bounds", subject=f"vma {vma.start:#x}-{vma.end:#x}")
+        if (
+            len(vma.path) > 4096
+            or len(vma.name) > 80
+            or "\0" in vma.path + vma.name
+            or (vma.path and not vma.path.startswith(("/", "[")))
+        ):
             raise ProtocolError("bad path", subject=f"vma {vma.start:#x}-{vma.end:#x}")
         return vma
 
@@ -190,8 +200,10 @@ class Layout:
     @staticmethod
     def from_wire(w: object) -> Layout:
         """The inverse; ProtocolError when a VMA is unsound or two overlap."""
-        if not isinstance(w, list):
-            raise ProtocolError("a layout is a list")
+        if not isinstance(w, list) or len(w) > MAX_VMAS:
+            raise ProtocolError(
+                "a layout is a list", subject="" if not isinstance(w, list) else f"{len(w)} VMAs"
+            )
         layout = Layout(Vma.from_wire(v) for v in w)
         for a, b in zip(layout.vmas, layout.vmas[1:], strict=False):
             if a.end > b.start:
@@ -221,11 +233,12 @@ class LayoutDiff:
     @staticmethod
     def from_wire(w: dict[str, Any]) -> LayoutDiff:
         """The inverse; ProtocolError when unsound."""
-        return LayoutDiff(
-            RangeSet.from_bytes(w["unmap"]),
-            Layout.from_wire(w["map"]).vmas,
-            Layout.from_wire(w["change"]).vmas,
-        )
+        with unsound("a change of the layout"):
+            return LayoutDiff(
+                RangeSet.from_bytes(w["unmap"]),
+                Layout.from_wire(w["map"]).vmas,
+                Layout.from_wire(w["change"]).vmas,
+            )
 
 
 def diff(old: Layout, new: Layout, anew: RangeSet | None = None) -> LayoutDiff:
@@ -252,6 +265,25 @@ def diff(old: Layout, new: Layout, anew: RangeSet | None = None) -> LayoutDiff:
         elif a.prot != b.prot or a.flags != b.flags or a.name != b.name:
             _append(change, b.clip(start, end))
     return LayoutDiff(RangeSet.of(unmap), to_map, change)
+
+
+def check_diff(old: Layout, d: LayoutDiff) -> None:
+    """Refuses a difference that was not made from ``old``; raises ProtocolError.
+
+    Whoever applies one has mappings of its own beside those of the layout, which no difference may reach.
+    """
+    mapped = old.ranges()
+    changed = RangeSet.of((v.start, v.end) for v in d.change)
+    if not mapped.covers(d.unmap | changed) or d.unmap & changed:
+        raise ProtocolError("a change of what is not mapped")
+    if (mapped - d.unmap) & RangeSet.of((v.start, v.end) for v in d.map):
+        raise ProtocolError("a mapping over another one")
+    for v in d.change:
+        was = old.find(v.start)
+        while was is not None and was.end < v.end and was.identity() == v.identity():
+            was = old.find(was.end)
+        if was is None or was.identity() != v.identity():
+            raise ProtocolError("a change into another mapping", subject=f"vma {v.start:#x}-{v.end:#x}")
 
 
 def apply(old: Layout, d: LayoutDiff) -> Layout:

@@ -17,6 +17,7 @@ from lazymig.process.vmas import (
     LayoutDiff,
     Vma,
     apply,
+    check_diff,
     read_layout,
     special,
 )
@@ -74,9 +75,10 @@ class SkeletonMemory:
         """Makes the skeleton's memory what the source's is now.
 
         ``objects`` gives the sizes in bytes of shared memory by (dev, inode). Raises SyscallError or
-        LazymigError naming the VMA.
+        LazymigError naming the VMA, ProtocolError for what is no change of the layout that is here.
         """
         s = self.skeleton
+        check_diff(self.layout, d)
         if d.unmap:
             s.run(*[("munmap", SYS.munmap, a, b - a) for a, b in d.unmap])
         mapped = self.layout.ranges()

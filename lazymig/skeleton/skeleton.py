@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 from lazymig.arch import SYS
-from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
+from lazymig.errors import LazymigError, ProcessGoneError, ProtocolError, SyscallError
 from lazymig.kernel import ptrace
 from lazymig.kernel.batch import Batch
 from lazymig.kernel.ranges import RangeSet
@@ -216,16 +216,23 @@ class Skeleton:
     # ---- threads
 
     def set_threads(self, tids: Sequence[int]) -> None:
-        """Makes the process have exactly these threads (numbers in its pid namespace), the main one first."""
+        """Makes the process have exactly these threads (numbers in its pid namespace), the main one first.
+
+        Raises ProtocolError when they are not distinct or lack the main one, LazymigError when they are too many.
+        """
+        if list(tids[:1]) != [self.pid] or len(set(tids)) != len(tids):
+            raise ProtocolError(
+                "threads are not distinct, or the main one is not the first", subject=f"pid {self.pid}"
+            )
+        if len(tids) - 1 > rg.MAX_THREADS:
+            raise LazymigError(
+                f"more than {rg.MAX_THREADS} threads", code="too-many-threads", subject=f"pid {self.pid}"
+            )
         for tid in [t for t in self.tids if t not in tids]:
             self._end_thread(tid)
         for tid in tids:
             if tid not in self.tids:
                 self._make_thread(tid)
-        if len(self.tids) - 1 > rg.MAX_THREADS:
-            raise LazymigError(
-                f"more than {rg.MAX_THREADS} threads", code="too-many-threads", subject=f"pid {self.pid}"
-            )
         self.tids = list(tids)
 
     def _make_thread(self, tid: int) -> None:

@@ -1,0 +1,186 @@
+"""What the peer's control frames hold, taken apart and bounded before anybody acts on it (docs/protocol.md).
+
+Every function takes a frame as it was decoded and raises ProtocolError for what no sound peer sends; whether it fits
+the process under construction is for those to say who know that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lazymig.errors import ProtocolError, Refusal, told, unsound
+from lazymig.kernel.ranges import RangeSet
+from lazymig.process.content import MAX_SIZE
+from lazymig.process.vmas import LayoutDiff
+
+Frame = Mapping[str, Any]
+MAX_TID = 1 << 22  # PID_MAX_LIMIT of the kernel
+MAX_THREADS = 7000
+MAX_OBJECTS = 1 << 16
+MAX_TOLD = 1000  # notes, warnings, refusals
+_WORD = (1 << 64) - 1
+
+
+def number(value: object, most: int, *, least: int = 0) -> int:
+    """An integer within bounds. ValueError: for use within `unsound`, which says of what."""
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"no number from {least} to {most}")
+    return value
+
+
+def octets(value: object) -> bytes:
+    """Bytes. Never made of anything else: ``bytes(n)`` would be n zeroes. TypeError."""
+    if not isinstance(value, bytes):
+        raise TypeError("no bytes")
+    return value
+
+
+def rows(value: object, most: int) -> list[Any]:
+    """A list of at most so many. TypeError, ValueError."""
+    if not isinstance(value, list):
+        raise TypeError("no list")
+    if len(value) > most:
+        raise ValueError(f"more than {most}")
+    return value
+
+
+def tids_of(value: object) -> list[int]:
+    """Numbers of threads, each once, the main one first. TypeError, ValueError."""
+    tids = [number(t, MAX_TID, least=1) for t in rows(value, MAX_THREADS)]
+    if not tids or len(set(tids)) != len(tids):
+        raise ValueError("threads are not distinct")
+    return tids
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of the layout, and what goes with it."""
+
+    diff: LayoutDiff
+    sizes: dict[tuple[int, int], int]  # bytes of shared memory objects, by (device, inode)
+    tids: list[int] | None
+    membarrier: int
+
+
+def change(frame: Frame) -> Change:
+    """Of a layout frame, or of a prepare frame that has one."""
+    with unsound("a layout"):
+        sizes = {
+            (number(dev, _WORD), number(inode, _WORD)): number(size, MAX_SIZE)
+            for dev, inode, size in rows(frame["objects"], MAX_OBJECTS)
+        }
+        tids = tids_of(frame["tids"]) if "tids" in frame else None
+        registrations = number(frame.get("membarrier") or 0, (1 << 32) - 1)
+        return Change(LayoutDiff.from_wire(frame["diff"]), sizes, tids, registrations)
+
+
+def sequence(frame: Frame) -> int:
+    """The number of a round."""
+    with unsound("a round"):
+        return number(frame["seq"], (1 << 32) - 1)
+
+
+def parent(frame: Frame) -> tuple[Path, str]:
+    """(directory, number) of a layer."""
+    with unsound("a parent"):
+        directory, layer = frame["dir"], frame["layer"]
+        if not isinstance(directory, str) or not isinstance(layer, str) or "\0" in directory:
+            raise TypeError("no path, or no number")
+        if not directory.startswith("/") or ".." in directory.split("/"):
+            raise ValueError("not an absolute path without ..")
+        return Path(directory), layer
+
+
+def file_head(frame: Frame) -> dict[str, object]:
+    """The head of a piece of a file."""
+    with unsound("a piece of a file"):
+        return dict(frame["head"])
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """The prepare frame."""
+
+    seq: int
+    lazy: RangeSet
+    drop: RangeSet
+    files: object  # for `offer.check_files`
+    change: Change | None
+
+
+def prepare(frame: Frame, attachment: bytes) -> Prepare:
+    """Of a prepare frame and its attachment."""
+    with unsound("a prepare"):
+        n = number(frame["lazy_len"], len(attachment))
+        lazy, drop = RangeSet.from_bytes(attachment[:n]), RangeSet.from_bytes(attachment[n:])
+        changed = change(frame) if "diff" in frame else None
+        return Prepare(sequence(frame), lazy, drop, frame["files"], changed)
+
+
+def late_signals(frame: Frame) -> list[int]:
+    """Signals to be sent again after commit; none that would stop the process at once."""
+    with unsound("a commit"):
+        numbers = [number(n, 64, least=1) for n in rows(frame["signals"], 1 << 10)]
+    return [n for n in numbers if n != signal.SIGSTOP]
+
+
+# ---- the destination's answers, at the source
+
+
+def texts(frame: Frame, name: str) -> list[str]:
+    """Notes or warnings, fit to be shown."""
+    with unsound("a remark"):
+        return [told(t) for t in rows(frame.get(name, []), MAX_TOLD)]
+
+
+def refusals(frame: Frame) -> list[Refusal]:
+    """The destination's refusals."""
+    with unsound("a refusal"):
+        return [
+            Refusal(*(told(r.get(k)) for k in ("code", "subject", "reason", "hint")))
+            for r in rows(frame.get("refusals", []), MAX_TOLD)
+        ]
+
+
+def wanted_files(frame: Frame) -> list[str]:
+    """Paths of files that the destination asks for."""
+    with unsound("a wish for files"):
+        paths = rows(frame["paths"], 1 << 20)
+        for p in paths:
+            os.fsencode(p)
+        return paths
+
+
+def pages_left(frame: Frame) -> int:
+    """Of a progress frame."""
+    with unsound("a progress"):
+        return number(frame["left"], _WORD)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What the destination tells of a finished migration."""
+
+    stall_ns: int
+    faults: int
+    hist: list[int]
+    breakdown: dict[str, float]
+
+
+def done(frame: Frame) -> Done:
+    """Of a done frame."""
+    with unsound("a done"):
+        steps = frame.get("breakdown", {})
+        if not isinstance(steps, dict) or len(steps) > MAX_TOLD:
+            raise ProtocolError("no breakdown")
+        return Done(
+            number(frame["stall_ns"], _WORD),
+            number(frame["faults"], _WORD),
+            [number(n, _WORD) for n in rows(frame["hist"], MAX_TOLD)],
+            {told(k): float(v) for k, v in steps.items()},
+        )
