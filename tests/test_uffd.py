@@ -146,6 +146,14 @@ async def test_a_busy_program_finds_every_page_whatever_it_does_meanwhile(target
     await finish(t, chaos)
 
 
+async def test_no_page_is_lost_when_its_place_moves_in_the_instant_of_its_placing(target):
+    pages = 6000
+    t = target(pages, 8, "move")
+    chaos = Chaos(t, pages, 8)
+    t.peer.go()
+    await finish(t, chaos)
+
+
 async def test_everything_on_demand(target):
     pages = 1024
     t = target(pages, 9, "read")

@@ -269,6 +269,13 @@ static void run(int sock, const char *mode)
 		}
 		for (page = 0; page < pages; page++)
 			check(at(page), page, "at the end");
+	} else if (!strcmp(mode, "move")) { /* all of it, there and back, while pages are placed one by one */
+		void *there = base;
+
+		for (i = 0; i < 2000; i++)
+			there = move(there, pages, i % 2 ? base : NULL);
+		for (page = 0; page < pages; page++)
+			check(at(page), page, "after many moves");
 	} else if (!strcmp(mode, "wait")) { /* a thread waits for its page; then we are told to look at all */
 		check(at(pages / 2), pages / 2, "first");
 		if (write(sock, "1", 1) != 1 || read(sock, &byte, 1) != 1)
