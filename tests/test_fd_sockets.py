@@ -477,3 +477,14 @@ def test_port_of_connections_that_just_ended():
         return s
 
     assert move(work, partial(_reachable, 34581), dead=True)
+
+
+def test_a_socket_that_is_in_use_here_is_not_taken(tmp_path):
+    from lazymig.process.fd_unix import _in_use
+
+    path = str(tmp_path / "a socket")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(path)
+        assert _in_use(path)
+        assert not _in_use(str(tmp_path / "a"))
+    assert not _in_use(path)

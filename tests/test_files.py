@@ -145,11 +145,11 @@ async def test_ship_and_ship_again(tmp_path):
     with f.open("r+b") as sparse:
         sparse.seek(20 << 20)
         sparse.write(b"end")
-    f.chmod(0o4751)
+    f.chmod(0o751)
     os.chown(f, 7, 8)
-    os.chmod(f, 0o4751)
+    os.chmod(f, 0o751)
     os.utime(f, ns=(10**18, 10**18 + 3))
-    receiver = FileReceiver(root=str(dst))
+    receiver = FileReceiver(root=str(dst), wanted=None)
     sizes = []
 
     async def send(head, data):
@@ -161,7 +161,7 @@ async def test_ship_and_ship_again(tmp_path):
     got = dst / "a/b/data"
     assert got.read_bytes() == f.read_bytes()
     st = got.stat()
-    assert (stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid, st.st_mtime_ns) == (0o4751, 7, 8, 10**18 + 3)
+    assert (stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid, st.st_mtime_ns) == (0o751, 7, 8, 10**18 + 3)
     assert st.st_blocks * 512 < 5 << 20
     assert max(sizes) <= CHUNK
     facts = facts_of("/a/b/data", prefix=str(src))
@@ -185,16 +185,32 @@ async def test_ship_and_ship_again(tmp_path):
     assert list(dst.iterdir()) == []
 
 
-async def test_what_was_there_stays_when_a_copy_fails(tmp_path):
+def test_what_is_there_is_never_replaced(tmp_path):
     (tmp_path / "f").write_text("old")
-    r = FileReceiver(root=str(tmp_path))
+    r = FileReceiver(root=str(tmp_path), wanted=None)
     begin = {"op": "begin", "path": "/f", "mode": 0o644, "uid": 0, "gid": 0, "mtime_ns": 1}
-    r.handle(begin, b"")
-    r.handle({"op": "data", "path": "/f", "off": 0}, b"new")
-    assert (tmp_path / "f").read_text() == "old"
+    with pytest.raises(LazymigError, match="something is at its place"):
+        r.handle(begin, b"")
+    r.handle({**begin, "path": "/g"}, b"")
+    (tmp_path / "g").write_text("came meanwhile")
+    with pytest.raises(LazymigError, match="File exists"):
+        r.handle({"op": "end", "path": "/g", "size": 3}, b"")
     r.undo()
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
-    assert (tmp_path / "f").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "g"]
+    assert (tmp_path / "f").read_text() + (tmp_path / "g").read_text() == "oldcame meanwhile"
+
+
+def test_only_what_was_asked_for_is_taken(tmp_path):
+    begin = {"op": "begin", "path": "/f", "mode": 0o644, "uid": 0, "gid": 0, "mtime_ns": 1}
+    r = FileReceiver(root=str(tmp_path))
+    with pytest.raises(ProtocolError, match="nobody asked"):
+        r.handle(begin, b"")
+    r.want(["/f"])
+    with pytest.raises(LazymigError, match="another's rights"):
+        r.handle({**begin, "mode": 0o4755}, b"")
+    r.handle(begin, b"")
+    r.handle({"op": "end", "path": "/f", "size": 3}, b"")
+    assert (tmp_path / "f").read_bytes() == bytes(3)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +228,7 @@ async def test_what_was_there_stays_when_a_copy_fails(tmp_path):
     ],
 )
 def test_hostile_frames(tmp_path, frames):
-    r = FileReceiver(root=str(tmp_path))
+    r = FileReceiver(root=str(tmp_path), wanted=None)
     for f in frames[:-1]:
         r.handle(f, b"")
     with pytest.raises(ProtocolError):
@@ -236,6 +252,6 @@ async def test_only_regular_files_are_shipped(tmp_path):
 
 def test_a_link_in_the_place_is_not_followed(tmp_path):
     (tmp_path / "f").symlink_to("/etc/passwd")
-    r = FileReceiver(root=str(tmp_path))
-    with pytest.raises(LazymigError, match="no regular file"):
+    r = FileReceiver(root=str(tmp_path), wanted=None)
+    with pytest.raises(LazymigError, match="something is at its place"):
         r.handle({"op": "begin", "path": "/f", "mode": 0o644, "uid": 0, "gid": 0, "mtime_ns": 1}, b"")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazymig.arch import SYS
-from lazymig.errors import LazymigError
+from lazymig.errors import LazymigError, ProtocolError, unsound
 from lazymig.kernel.batch import Batch, run_all_steps, run_steps
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
@@ -122,6 +122,10 @@ class Builder:
 
     def restore(self, captured: Capture) -> Restored:
         """Puts back descriptors and state, as far as no page has to be in place for that."""
+        with unsound("a state"):
+            return self._restore(captured)
+
+    def _restore(self, captured: Capture) -> Restored:
         skeleton, pid = self.skeleton, self.pid
         skeleton.set_threads([i.state.tid for i in captured.threads])
         placements = self.restorer.finish(dump_from(captured.fds))
@@ -170,14 +174,17 @@ class Builder:
     def settle(self, r: Restored) -> None:
         """The rest, with all eager pages in place: locks, guards and seals on memory, then each thread's own."""
         captured, groups = r.captured, r.groups
+        if not self.memory.layout.ranges().covers(captured.guards):
+            raise ProtocolError("guard pages where nothing is mapped")
         self.memory.install_guards(captured.guards)
         self.memory.finish()
         self.restorer.apply_seals()
         main, _ = groups[0]
-        run_steps(main, state.restore_limits(main, captured.process, pid=self.pid))
-        run_all_steps([(b, [steps]) for b, steps in groups])
-        threads = zip(groups, captured.threads, strict=True)
-        run_all_steps([(b, [restore_thread(b, image)]) for (b, _), image in threads])
+        with unsound("a state"):
+            run_steps(main, state.restore_limits(main, captured.process, pid=self.pid))
+            run_all_steps([(b, [steps]) for b, steps in groups])
+            threads = zip(groups, captured.threads, strict=True)
+            run_all_steps([(b, [restore_thread(b, image)]) for (b, _), image in threads])
 
     def arm(self, lazy: RangeSet) -> None:
         """Makes ``lazy`` pages wait for `self.lazy`, which must be there, to bring them."""

@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 import trio
 
-from lazymig.errors import LazymigError, ProtocolError
+from lazymig.errors import UNSOUND, LazymigError, ProtocolError
 from lazymig.kernel import ptrace
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame
 from lazymig.migrate.destination import DestinationMigration
@@ -96,7 +96,7 @@ class Daemon:
             with trio.fail_after(_HELLO_TIMEOUT_S):
                 frame, _ = await channel.receive(max_body=MAX_HELLO)
                 await self._hello(channel, stream, frame)
-        except (LazymigError, trio.TooSlowError, KeyError, TypeError, ValueError) as e:
+        except (LazymigError, trio.TooSlowError, OSError, *UNSOUND) as e:  # one peer must not end the daemon
             error = e if isinstance(e, LazymigError) else ProtocolError(f"an unsound hello: {e!r}")
             self._emit({"event": "rejected", "peer": peer, "reason": str(error)})
             await channel.send_error(error)

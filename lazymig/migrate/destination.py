@@ -114,6 +114,7 @@ class DestinationMigration:
         self.offer = offers.Offer.from_wire(frame)
         missing = offers.files_to_ship(self.offer)
         if missing:
+            self.files.want(missing)
             await self.control.send({"t": "want-files", "paths": missing})
             await offers.receive_files(self.control, self.files)
         refusals, notes = offers.check_offer(self.offer)

@@ -162,7 +162,11 @@ def files_to_ship(offer: Offer) -> list[str]:
     draft = dump_from(offer.fds)
     # A file that both hosts share and somebody has just changed must not be replaced by a copy of itself.
     shared = draft.boot == boot_digest()
-    return [f.path for f in offer.files if files.compare(f) is not None and not (shared and files.is_here(f))]
+    return [
+        f.path
+        for f in offer.files
+        if files.may_be_shipped(f) and files.compare(f) is not None and not (shared and files.is_here(f))
+    ]
 
 
 def open_mapped(vma: Vma, writable: bool, restorer: DescriptorRestorer) -> int:

@@ -72,7 +72,11 @@ def _serve(
         fds = fds_of(ancillary)
         if not data:
             return
-        if os.fork() == 0:
+        try:
+            child = os.fork()
+        except OSError:  # no room for one more process: its connections close, and the source is told so
+            child = -1
+        if child == 0:
             sock.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a worker reaps its tracees
             try:

@@ -334,6 +334,7 @@ class DescriptorRestorer:
         self._early: dict[Hashable, int] = {}
         self._ctx: RestoreContext | None = None
         self._made: dict[int, int] = {}
+        self._undo: list[Callable[[], None]] = []
 
     def object(self, dev: int, ino: int) -> int | None:
         """The local descriptor (read-write) of a memfd or deleted file, by its st_dev and st_ino at the source."""
@@ -411,6 +412,7 @@ class DescriptorRestorer:
     def committed(self) -> None:
         """The process runs here now: what was set aside for a failure goes."""
         ctx, self._ctx = self._ctx, None
+        self._undo.clear()
         for confirm in ctx.confirm if ctx else ():
             confirm()
 
@@ -420,10 +422,10 @@ class DescriptorRestorer:
         self._drop_early()
         while self._objects:
             os.close(self._objects.popitem()[1])
-        ctx, self._ctx = self._ctx, None
-        for step in reversed(ctx.undo if ctx else []):
+        self._ctx = None
+        while self._undo:
             with contextlib.suppress(OSError):
-                step()
+                self._undo.pop()()
 
     def _keep_early(
         self, entries: list[tuple[fdinfo_pb2.file_entry, Kind]], ctx: RestoreContext
@@ -454,7 +456,7 @@ class DescriptorRestorer:
 
     def _context(self, dump: descriptors_pb2.DescriptorsDump) -> RestoreContext:
         check(dump)
-        ctx = RestoreContext(root=self.root, dump=dump, pid=self.pid, objects=self._objects)
+        ctx = RestoreContext(root=self.root, dump=dump, pid=self.pid, objects=self._objects, undo=self._undo)
         ctx.same_kernel = dump.boot == self._boot
         keys = {g.id: ghost_key(g) for g in dump.ghost}
         ctx.ghosts = {r.orig_id: keys[r.remap_id] for r in dump.remap}

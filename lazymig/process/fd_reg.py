@@ -12,6 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Hashable
+from functools import partial
 
 from lazymig.errors import ProtocolError
 from lazymig.pb import descriptors_pb2, fdinfo_pb2, fown_pb2, regfile_pb2, remap_file_path_pb2
@@ -160,6 +161,24 @@ def fill_ghost(fd: int, g: descriptors_pb2.Ghost, final: bool) -> None:
     os.utime(fd, ns=(g.head.atime_ns, g.head.mtime_ns))
 
 
+def _create(path: str, ctx: RestoreContext) -> None:
+    """Makes the file that stands in for a stream, if there is none; a migration that fails removes it."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return
+    os.close(fd)
+    ctx.undo.append(partial(os.unlink, path))
+
+
+def _not_of_others(place: int, subject: str, ctx: RestoreContext) -> None:
+    """Refuses what another process is reached by, also if a link leads there: /proc/PID/mem above all."""
+    real = os.readlink(f"/proc/self/fd/{place}")
+    first = real.split("/")[2] if real.startswith("/proc/") else ""
+    if first.isdigit() and int(first) not in (ctx.pid, ctx.dump.pid):
+        raise DescriptorError("it is a /proc file of another process", subject=subject, code="fd-proc")
+
+
 class RegularFile(Kind):
     """What is opened by path."""
 
@@ -279,7 +298,7 @@ class RegularFile(Kind):
         subject = ctx.subject(entry.id, r.name)
         flags = r.flags & ~OPEN_ONCE | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
         if r.create:
-            return os.open(path, flags | os.O_CREAT, 0o644)
+            _create(path, ctx)
         try:
             place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError as e:
@@ -296,6 +315,7 @@ class RegularFile(Kind):
             plain = stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode) or r.flags & O_PATH
             if not plain and not (stat.S_ISCHR(st.st_mode) and st.st_rdev in DEVICES):
                 raise DescriptorError("it is no file, directory or harmless device here", subject=subject)
+            _not_of_others(place, subject, ctx)
             # The flag stays in F_GETFL: it must be there just if it was at the source.
             return os.open(path, flags) if r.flags & os.O_NOFOLLOW else reopen(place, r.flags)
         finally:

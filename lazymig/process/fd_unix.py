@@ -218,7 +218,7 @@ class UnixSocket(Kind):
             return
         path, relative = _path_of(u, ctx)
         subject = ctx.subject(entry.id, path)
-        old = _set_aside(path, subject)
+        old = _set_aside(path, subject, ctx)
         try:
             _in_folder(path, relative, s.bind)
         except OSError as e:
@@ -233,7 +233,7 @@ class UnixSocket(Kind):
             if old:
                 os.rename(old, path)
             return
-        os.chmod(path, u.file_perms.mode & 0o7777)
+        os.chmod(path, u.file_perms.mode & 0o777)
         os.chown(path, u.file_perms.uid, u.file_perms.gid)
         if old:
             ctx.undo.append(partial(os.rename, old, path))
@@ -280,17 +280,30 @@ class UnixSocket(Kind):
         return entry.usk.fown, entry.usk.flags
 
 
-def _set_aside(path: str, subject: str) -> str:
-    """Gives a socket file that is in the way another name, so that a failed migration can give it back."""
+def _set_aside(path: str, subject: str, ctx: RestoreContext) -> str:
+    """Gives a socket file that is in the way another name, so that a failed migration can give it back.
+
+    One that somebody here uses stays; but on one kernel that can be the original, which is frozen.
+    """
     try:
         st = os.lstat(path)
     except FileNotFoundError:
         return ""
     if not stat.S_ISSOCK(st.st_mode):
         raise DescriptorError("a file is in the way of its socket", subject=subject, code="file-differs")
+    if not ctx.same_kernel and _in_use(path):
+        hint = "end the program that has this socket at the destination"
+        raise DescriptorError("another program's socket is there", subject=subject, code="fd-bind", hint=hint)
     old = f"{path}.lazymig-{os.getpid()}"
     os.rename(path, old)
     return old
+
+
+def _in_use(path: str) -> bool:
+    """Whether a socket of this network namespace is bound there (proc_net_unix(5): the path is the eighth word)."""
+    wanted = os.fsencode(path)
+    with open("/proc/net/unix", "rb") as f:
+        return any(line.rstrip(b"\n").split(None, 7)[7:] == [wanted] for line in f)
 
 
 def _path_of(u: sk_unix_pb2.unix_sk_entry, ctx: RestoreContext) -> tuple[str, str]:

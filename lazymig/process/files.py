@@ -23,6 +23,9 @@ CHUNK = 1 << 20
 _PT_NOTE, _NT_GNU_BUILD_ID = 4, 3
 _MAX_NOTES = 1 << 16
 _HINT = "install the same file there, or use --copy-files"
+_HINT_INSTALL = "install the same file there: what runs with another's rights is never copied"
+_HINT_REPLACE = "install the same file there, or remove that one and use --copy-files, which replaces nothing"
+_SETUID = stat.S_ISUID | stat.S_ISGID
 PSEUDO = ("/proc/", "/sys/", "/dev/", "/run/user/")  # file systems that no copy can help
 
 
@@ -157,9 +160,10 @@ def compare(facts: FileFacts, *, strict: bool = False, root: str = "/") -> Refus
     try:
         st = os.lstat(here)
     except OSError as e:
-        return Refusal("file-missing", facts.path, f"not at the destination ({e.strerror})", _HINT)
+        hint = _HINT_INSTALL if facts.mode & _SETUID else _HINT
+        return Refusal("file-missing", facts.path, f"not at the destination ({e.strerror})", hint)
     if stat.S_IFMT(st.st_mode) != stat.S_IFMT(facts.mode):
-        return Refusal("file-differs", facts.path, "of another type at the destination", _HINT)
+        return Refusal("file-differs", facts.path, "of another type at the destination", _HINT_REPLACE)
     if not stat.S_ISREG(facts.mode):
         return None
     if (st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns) == (
@@ -171,16 +175,18 @@ def compare(facts: FileFacts, *, strict: bool = False, root: str = "/") -> Refus
         return None
     if facts.build_id:
         if build_id(here) != facts.build_id:
-            return Refusal("file-differs", facts.path, "another build-id at the destination", _HINT)
+            return Refusal("file-differs", facts.path, "another build-id at the destination", _HINT_REPLACE)
         if st.st_size == facts.size:
             return None
     if facts.writing and not strict and _may_become(facts, st):
         return None
     if st.st_size != facts.size:
         reason = f"{facts.size} bytes at the source, {st.st_size} at the destination"
-        return Refusal("file-differs", facts.path, reason, _HINT)
+        return Refusal("file-differs", facts.path, reason, _HINT_REPLACE)
     if st.st_mtime_ns != facts.mtime_ns:
-        return Refusal("file-differs", facts.path, "modified at another time at the destination", _HINT)
+        return Refusal(
+            "file-differs", facts.path, "modified at another time at the destination", _HINT_REPLACE
+        )
     return None
 
 
@@ -191,6 +197,17 @@ def is_here(facts: FileFacts, *, root: str = "/") -> bool:
     except OSError:
         return False
     return (st.st_dev, st.st_ino) == (facts.dev, facts.ino)
+
+
+def may_be_shipped(facts: FileFacts) -> bool:
+    """Whether a file of the source may be made here: it replaces nothing, and gives nobody another's rights."""
+    return (
+        stat.S_ISREG(facts.mode)
+        and not facts.mode & _SETUID
+        and path_is_safe(facts.path)
+        and not facts.path.startswith(PSEUDO)
+        and not os.path.lexists(facts.path)
+    )
 
 
 def _may_become(facts: FileFacts, st: os.stat_result) -> bool:
@@ -273,20 +290,28 @@ def _stamp(st: os.stat_result) -> tuple[int, int, int, int]:
 class FileReceiver:
     """Takes shipped files: each is written beside its place and renamed when complete. ``close`` drops the rest.
 
-    A file that comes again is written in place: the skeleton has it open and mapped by then.
-    Files that were not there before are removed by ``undo`` (a migration that failed leaves nothing behind).
+    A file that comes again is written in place: the skeleton has it open and mapped by then. Nothing that was here
+    before is ever replaced, and all that was made is removed by ``undo``: a migration that failed leaves nothing behind.
+    ``wanted``: the paths that may come (None: any).
     """
 
-    def __init__(self, *, root: str = "/") -> None:
+    def __init__(self, *, root: str = "/", wanted: Iterable[str] | None = ()) -> None:
         self._root = root.rstrip("/")
+        self._wanted = None if wanted is None else frozenset(wanted)
         self._open: dict[str, tuple[int, str, dict[str, object]]] = {}
         self._made: list[str] = []
+
+    def want(self, paths: Iterable[str]) -> None:
+        """From now on these may come."""
+        self._wanted = frozenset(paths)
 
     def handle(self, head: dict[str, object], data: bytes) -> None:
         """Takes one frame of the sender. Raises ProtocolError, or LazymigError when the disk says no."""
         path = head.get("path")
         if not isinstance(path, str) or not path_is_safe(path) or path.startswith(PSEUDO):
             raise ProtocolError("a file has an unsafe path")
+        if self._wanted is not None and path not in self._wanted:
+            raise ProtocolError("a file that nobody asked for", subject=path)
         try:
             match head.get("op"):
                 case "begin":
@@ -308,12 +333,15 @@ class FileReceiver:
             raise ProtocolError("a file is begun twice, or too many at once")
         for name in ("mode", "uid", "gid", "mtime_ns"):
             _number(head, name)
+        if _number(head, "mode") & _SETUID:
+            raise LazymigError("it would run with another's rights", code="file-setuid", subject=path)
         place = self._root + path
         folder = os.path.dirname(place)
         self._make_folders(folder)
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.lstat(place).st_mode):
-                raise LazymigError("no regular file is at its place", code="file-differs", subject=path)
+        if os.path.lexists(place) and place not in self._made:
+            raise LazymigError(
+                "something is at its place already", code="file-differs", subject=path, hint=_HINT_REPLACE
+            )
         if place in self._made:
             fd = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             clear(fd, os.fstat(fd).st_size)
@@ -352,10 +380,9 @@ class FileReceiver:
             os.utime(fd, ns=(_number(head, "mtime_ns"),) * 2)
             if temp:
                 place = self._root + path
-                new = not os.path.lexists(place)
-                os.rename(temp, place)
-                if new:
-                    self._made.append(place)
+                os.link(temp, place)  # not rename(2): what has come there meanwhile stays
+                self._made.append(place)
+                os.unlink(temp)
         except BaseException:
             _remove(temp)
             raise
