@@ -189,7 +189,10 @@ class Builder:
     def arm(self, lazy: RangeSet) -> None:
         """Makes ``lazy`` pages wait for `self.lazy`, which must be there, to bring them."""
         assert self.lazy is not None
-        self.lazy.arm(lazy_capable(self.memory.layout, Mode.HYBRID).touching(lazy), lazy)
+        capable = lazy_capable(self.memory.layout, Mode.HYBRID)
+        if not capable.covers(lazy):
+            raise ProtocolError("lazy pages where memory cannot be lazy")
+        self.lazy.arm(capable.touching(lazy), lazy)
 
     def seal(self, r: Restored) -> list[str]:
         """The last state, and registers: only `let_go` may follow. Returns all warnings."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from lazymig.errors import LazymigError, PeerLostError, ProtocolError
+from lazymig.errors import LazymigError, PeerLostError, ProtocolError, RefusedError
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames, layer
 from lazymig.migrate import offer as offers
@@ -121,6 +121,7 @@ class DestinationMigration:
         if refusals:
             await self.control.send({"t": "refuse", "refusals": [r.to_wire() for r in refusals]})
             self.machine.to(Destination.ABORTED)
+            self._tell({"event": "aborted", "error": RefusedError(refusals).to_wire()})
             return False
         await self.control.send({"t": "accept", "notes": notes})
         return not self.offer.dry_run

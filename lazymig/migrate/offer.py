@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,8 +175,10 @@ def open_mapped(vma: Vma, writable: bool, restorer: DescriptorRestorer) -> int:
     fd = restorer.object(*vma.object_key) if vma.deleted else None
     if fd is not None:
         return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    # Not blocking: a named pipe would make this wait for its other end.
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        return os.open(vma.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(vma.path, flags)
     except OSError as e:
         kind = "shared" if vma.kind is Kind.SHARED_FILE else "private"
         raise LazymigError(
@@ -184,6 +187,11 @@ def open_mapped(vma: Vma, writable: bool, restorer: DescriptorRestorer) -> int:
             subject=vma.path,
             hint="put the same file there, or use --copy-files",
         ) from e
+    real = os.readlink(f"/proc/self/fd/{fd}")
+    if not stat.S_ISREG(os.fstat(fd).st_mode) or real.startswith(("/proc/", "/sys/")):
+        os.close(fd)
+        raise LazymigError("only regular files are mapped", code="file-kind", subject=vma.path)
+    return fd
 
 
 async def ship_files(

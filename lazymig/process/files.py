@@ -291,7 +291,7 @@ class FileReceiver:
     """Takes shipped files: each is written beside its place and renamed when complete. ``close`` drops the rest.
 
     A file that comes again is written in place: the skeleton has it open and mapped by then. Nothing that was here
-    before is ever replaced, and all that was made is removed by ``undo``: a migration that failed leaves nothing behind.
+    before is ever replaced, and ``undo`` removes all that was made: a migration that failed leaves nothing behind.
     ``wanted``: the paths that may come (None: any).
     """
 
