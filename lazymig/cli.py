@@ -15,12 +15,13 @@ import click
 
 from lazymig import report
 from lazymig.checkpoint_cli import dump, restore
-from lazymig.cli_kit import ADDRESS, AS_JSON, PID, SIZE, TCP_CLOSE, TIME, run, stdio
+from lazymig.cli_kit import ADDRESS, AS_JSON, SIZE, TCP_CLOSE, TIME, run, stdio
 from lazymig.dropin_cli import page_server, run_lazy_pages
 from lazymig.errors import LazymigError, RefusedError
 from lazymig.images_cli import images
 from lazymig.kernel import kdat
 from lazymig.migrate import options as opt
+from lazymig.migrations_cli import migrations
 from lazymig.predump_cli import predump, untrack
 
 MODE = click.option(
@@ -30,6 +31,15 @@ MODE = click.option(
     show_default=True,
     help="hybrid: rounds while it runs, the rest after the switch. precopy: the rest in the freeze. "
     "postcopy: all after the switch. stop-and-copy: all in the freeze.",
+)
+
+LINK_TIMEOUT = click.option(
+    "--link-timeout",
+    callback=TIME,
+    metavar="TIME",
+    default=f"{opt.DEFAULT_LINK_TIMEOUT_S:g}s",
+    show_default=True,
+    help="A peer that says nothing for so long counts as lost. After commit the source then dials again.",
 )
 
 
@@ -53,6 +63,7 @@ main.add_command(restore)
 main.add_command(untrack)
 main.add_command(images)
 main.add_command(page_server)
+main.add_command(migrations)
 
 
 @main.command()
@@ -115,6 +126,12 @@ def check(as_json: bool, no_cache: bool) -> None:
 @click.option(
     "--status-fd", type=click.IntRange(min=0), help="With -D: write a zero byte there once it listens."
 )
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help=f"Where a daemon started later finds what this one had under way.  [default: {opt.STATE_ROOT}/daemon-PORT]",
+)
+@LINK_TIMEOUT
 @AS_JSON
 def lazy_pages(
     listen: tuple[tuple[str, int], ...],
@@ -125,6 +142,8 @@ def lazy_pages(
     port: int | None,
     protocol: str,
     status_fd: int | None,
+    state_dir: Path | None,
+    link_timeout: float,
     as_json: bool,
 ) -> None:
     """Receive processes: the daemon of the destination. With -D: the drop-in for criu lazy-pages.
@@ -142,7 +161,10 @@ def lazy_pages(
 
     shown = report.JsonReporter(sys.stdout) if as_json else report.DaemonReporter(sys.stdout)
     try:
-        run_daemon(opt.DaemonOptions(listen=tuple(listen)), shown.event)
+        options = opt.DaemonOptions(
+            listen=tuple(listen), link_timeout_s=link_timeout / 1e3, state_dir=state_dir
+        )
+        run_daemon(options, shown.event)
     except LazymigError as e:
         _fail(e)
     except KeyboardInterrupt:
@@ -150,12 +172,11 @@ def lazy_pages(
 
 
 @main.command()
-@PID
+@click.argument("pid", type=click.IntRange(min=1), required=False)
 @click.option(
     "--to",
     "to",
     callback=ADDRESS,
-    required=True,
     metavar="HOST[:PORT]",
     help="The destination's lazy-pages daemon.",
 )
@@ -205,10 +226,17 @@ def lazy_pages(
     help="Compression of bulk pages.",
 )
 @click.option("--streams", type=click.IntRange(1, 16), default=1, show_default=True, help="Bulk connections.")
+@LINK_TIMEOUT
+@click.option(
+    "--resume",
+    metavar="ID",
+    help="Instead of PID: see a migration through whose engine was killed after commit. --to only if the "
+    "destination has another address now.",
+)
 @AS_JSON
 def migrate(
-    pid: int,
-    to: tuple[str, int],
+    pid: int | None,
+    to: tuple[str, int] | None,
     mode: str,
     max_downtime: float,
     max_rounds: int,
@@ -221,6 +249,8 @@ def migrate(
     parent: Path | None,
     compress: str,
     streams: int,
+    link_timeout: float,
+    resume: str | None,
     as_json: bool,
 ) -> None:
     """Move the process PID to another host.
@@ -230,6 +260,15 @@ def migrate(
     Exit status: 0 moved (or, with --dry-run, can be moved), 1 failed and the process runs on here, 2 wrong
     usage, 3 refused, 4 failed after commit.
     """
+    if resume is not None and pid is None:
+        from lazymig.migrate.session import run_resumed
+
+        run(lambda shown: run_resumed(resume, to, shown.event), as_json)
+        return
+    if pid is None or resume is not None:
+        raise click.UsageError("give either PID or --resume ID")
+    if to is None:
+        raise click.UsageError("Missing option '--to'.")
     try:
         stdio_choice, stdio_path = opt.parse_stdio(stdio, pid)
         options = opt.MigrateOptions(
@@ -249,6 +288,7 @@ def migrate(
             parent=parent,
             codec=opt.Codec(compress),
             streams=streams,
+            link_timeout_s=link_timeout / 1e3,
         )
     except opt.OptionError as e:
         _fail(e)

@@ -144,6 +144,11 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "freeze": lambda _: "freeze: the process is stopped",
     "commit": lambda _: "commit: from here on the process belongs to the destination",
     "running": _running,
+    "paused": lambda e: (
+        f"the connection is lost ({problem(_mapping(e, 'error'))}): dialling again; the process "
+        "waits where it needs a page"
+    ),
+    "resumed": lambda e: f"connected again: {number(e, 'left'):,.0f} pages left",
     "drain": lambda e: f"drain: {number(e, 'left'):,.0f} of {number(e, 'total'):,.0f} pages left",
     "warning": lambda e: f"warning: {clean(e.get('text', ''))}",
     "failed": _failed,
@@ -170,7 +175,23 @@ _DAEMON_LINES: dict[str, Callable[[Event], str]] = {
     "incoming": lambda _: "a process is offered",
     "committing": lambda e: f"pid {number(e, 'pid'):.0f} is about to run here",
     "running": lambda e: f"pid {number(e, 'pid'):.0f} runs here",
+    "paused": lambda e: (
+        f"pid {number(e, 'pid'):.0f} waits for its source, "
+        f"{number(e, 'left'):,.0f} pages are missing: {problem(_mapping(e, 'error'))}"
+    ),
+    "resumed": lambda e: (
+        f"pid {number(e, 'pid'):.0f} has its source again, {number(e, 'left'):,.0f} pages are missing"
+    ),
     "done": lambda e: f"pid {number(e, 'pid'):.0f} is all here",
+    "adopted": lambda e: (
+        f"pid {number(e, 'pid'):.0f} runs here, and whoever served it was killed: taken over with "
+        f"{number(e, 'left'):,.0f} pages missing"
+    ),
+    "ended": lambda e: f"pid {number(e, 'pid'):.0f} has ended",
+    "lost": lambda e: (
+        f"pid {number(e, 'pid'):.0f} lacks pages that cannot be put in any more, as its keeper was "
+        "killed too: end it; the original is whole, stopped at the source"
+    ),
     "aborted": lambda e: f"given up, nothing is left here: {problem(_mapping(e, 'error'))}",
     "failed": lambda e: f"failed while it runs here: {problem(_mapping(e, 'error'))}",
 }
@@ -224,7 +245,7 @@ def summary(done: Event) -> list[tuple[str, str]]:
         if how := _HOW.get(str(done.get("base"))):
             rows.append(("round", f"{how}: {clean(done['why'])}" if done.get("why") else how))
     else:
-        rows = [("downtime", duration(number(done, "downtime_ms")))]
+        rows = [("downtime", duration(number(done, "downtime_ms")))] if "downtime_ms" in done else []
     for key, title in (("breakdown", "of which"), ("destination_breakdown", "over there")):
         if steps := _mapping(done, key):
             rows.append((title, ", ".join(f"{clean(k)} {duration(number(steps, k))}" for k in steps)))

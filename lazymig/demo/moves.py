@@ -94,13 +94,22 @@ class Daemon(Command):
         port: int = PORT,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(host, "lazy-pages", "--listen", f"{address}:{port}", "--json", *arguments, env=env)
+        # The hosts share the machine's /run.
+        self._state = tempfile.TemporaryDirectory(prefix="lazymig-state-", ignore_cleanup_errors=True)
+        state = () if "--state-dir" in arguments else ("--state-dir", self._state.name)
+        listen = ("--listen", f"{address}:{port}", "--json")
+        super().__init__(host, "lazy-pages", *listen, *state, *arguments, env=env)
         self.to = f"{address}:{port}"
         try:
             self.until("listening", 30)
         except BaseException:
             self.close()
             raise
+
+    def close(self) -> None:
+        """Ends it, with SIGKILL if it is still there, and forgets its state."""
+        super().close()
+        self._state.cleanup()
 
     def stop(self, timeout: float = 20) -> int:
         """Asks it to end, as Ctrl-C does; its exit status."""

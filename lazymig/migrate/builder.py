@@ -26,9 +26,11 @@ from lazymig.process.descriptors import DescriptorRestorer, dump_from
 from lazymig.process.limits import register_membarrier
 from lazymig.process.threads import restore_thread, restore_xcomp, set_final, write_rseq_cs
 from lazymig.process.vmas import Kind, Layout, LayoutDiff, Vma
+from lazymig.skeleton.keeper import MEMORY, Listening
 from lazymig.skeleton.memory import SkeletonMemory
 from lazymig.skeleton.skeleton import Skeleton
 from lazymig.uffd.lazy import LazyMemory
+from lazymig.uffd.record import LazyRecord
 from lazymig.uffd.uffd import FEATURES_LAZY, Userfaultfd
 
 _O_CLOEXEC_NONBLOCK = 0o2004000
@@ -47,12 +49,16 @@ class Restored:
 class Builder:
     """One process under construction."""
 
-    def __init__(self, pid: int, layout: Layout) -> None:
-        """Starts the skeleton with this number; ``layout`` is where it must leave room, nothing is mapped yet."""
+    def __init__(self, pid: int, layout: Layout, listening: Listening | None = None) -> None:
+        """Starts the skeleton with this number; ``layout`` is where it must leave room, nothing is mapped yet.
+
+        ``listening``: where the keeper can be found by whoever goes on when this process dies after commit.
+        """
         self.pid = pid
         self.restorer = DescriptorRestorer()
         self.lazy: LazyMemory | None = None
-        self.skeleton = Skeleton(pid, layout)
+        self.record = LazyRecord() if listening is not None else None
+        self.skeleton = Skeleton(pid, layout, listening)
         self.memory = SkeletonMemory(self.skeleton, self._open_file)
         self.mem_fd = -1
         self.uffd: Userfaultfd
@@ -70,6 +76,8 @@ class Builder:
         self.skeleton.close_fds([fd])
         self.uffd.api(FEATURES_LAZY)
         self.skeleton.keeper.hold(self.uffd.fd)
+        if self.record is not None:
+            self.skeleton.keeper.hold(self.record.fd, MEMORY)
         self.restorer.pid = self.pid
         self.restorer.prepare(draft)
         self.rehearse()
@@ -192,7 +200,10 @@ class Builder:
         capable = lazy_capable(self.memory.layout, Mode.HYBRID)
         if not capable.covers(lazy):
             raise ProtocolError("lazy pages where memory cannot be lazy")
-        self.lazy.arm(capable.touching(lazy), lazy)
+        areas = capable.touching(lazy)
+        self.lazy.arm(areas, lazy)
+        if self.record is not None:
+            self.record.begin(self.lazy, areas, lazy, self.skeleton.keeper.fileno())
 
     def seal(self, r: Restored) -> list[str]:
         """The last state, and registers: only `let_go` may follow. Returns all warnings."""

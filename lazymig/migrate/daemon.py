@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import secrets
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 import trio
 
 from lazymig.errors import UNSOUND, LazymigError, ProtocolError
-from lazymig.kernel import ptrace
+from lazymig.migrate import registry
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame
-from lazymig.migrate.destination import DestinationMigration
 from lazymig.migrate.links import CAPABILITIES, tune_trio
 from lazymig.migrate.options import DaemonOptions, format_address
-from lazymig.migrate.placement import give_way
 from lazymig.migrate.session import first_error
-from lazymig.migrate.spawner import Spawner, fds_of, send_fds
+from lazymig.migrate.spawner import Spawner, send_fds
 from lazymig.migrate.states import JUDGEMENTS, Verdict, Word
+from lazymig.migrate.worker import dial_worker, was_let_go, worker
 
 Event = dict[str, Any]
 MAX_MIGRATIONS = 64
 MAX_REMEMBERED = 1024
 _HELLO_TIMEOUT_S = 10.0
+_RELEASED_TIMEOUT_S = 5.0
+_TOO_EARLY_OR_LATE = ("in-use", "keeper-lost")  # a successor
+_REVIVE_AFTER_S = 0.1
+_REVIVE_AT_MOST_S = 10.0
+_RUNS = ("running", "paused", "done")  # it was let go here: nothing leads back from that
 
 
 @dataclass(slots=True)
@@ -41,8 +44,10 @@ class Incoming:
     data: socket.socket  # to the worker: further connections; from it: events
     state: str = "offered"
     pid: int = 0
-
+    report: Event = field(default_factory=dict)  # of a migration that is done
     word: Word = Word.NOTHING  # of its worker; what else that tells of does not bear on the verdict
+    seen: bool = False  # its worker has ended, and the process runs
+    failure: Event | None = None  # what its worker ended with last
 
     @property
     def verdict(self) -> Verdict:
@@ -50,23 +55,26 @@ class Incoming:
         judgement = JUDGEMENTS[self.word]
         if self.data.fileno() >= 0:
             return judgement.alive
-        return judgement.seen if _runs_under_keeper(self.pid) else judgement.ended
+        return judgement.seen if self.seen else judgement.ended
 
 
 class Daemon:
     """Accepts migrations until it is cancelled."""
 
-    def __init__(self, spawner: Spawner, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, spawner: Spawner, options: DaemonOptions, on_event: Callable[[Event], None]) -> None:
         self._spawner = spawner
+        self._options = options
         self._emit = on_event
+        self._directory = options.state_directory
         self._incoming: dict[str, Incoming] = {}
         self._nursery: trio.Nursery
 
-    async def serve(self, options: DaemonOptions) -> None:
+    async def serve(self) -> None:
         """Listens on all addresses."""
         async with trio.open_nursery() as self._nursery:
+            self._remember()
             listeners = []
-            for host, port in options.listen:
+            for host, port in self._options.listen:
                 try:
                     listeners += await trio.open_tcp_listeners(port, host=host)
                 except OSError as e:
@@ -82,7 +90,7 @@ class Daemon:
                         "event": "listening",
                         "address": bound[0],
                         "port": bound[1],
-                        "insecure": options.insecure,
+                        "insecure": self._options.insecure,
                         "pid": os.getpid(),
                     }
                 )
@@ -92,7 +100,7 @@ class Daemon:
         peer = format_address(*stream.socket.getpeername()[:2])
         channel = Channel(stream, peer)
         try:
-            tune_trio(stream)
+            tune_trio(stream, self._options.link_timeout_s)
             with trio.fail_after(_HELLO_TIMEOUT_S):
                 frame, _ = await channel.receive(max_body=MAX_HELLO)
                 await self._hello(channel, stream, frame)
@@ -117,44 +125,145 @@ class Daemon:
             await channel.send({"t": "verdict", "verdict": str(incoming.verdict)})
         elif role in ("bulk", "fault"):
             await channel.send({"t": "ok"})
-            _blocking(stream)
-            hello = {"role": role, "index": int(frame["index"])}
-            send_fds(incoming.data, msgpack.packb(hello), [stream.socket.fileno()])
+            hello = {"role": role, "index": int(frame["index"]), "epoch": int(frame.get("epoch", 0))}
+            _hand_over(stream, incoming, hello)
+        elif role == "resume":
+            await self._resume(channel, stream, incoming, frame)
         else:
             raise ProtocolError("no such role", subject=str(role)[:40])
+
+    async def _resume(
+        self, channel: Channel, stream: trio.SocketStream, incoming: Incoming, frame: Frame
+    ) -> None:
+        """The source has lost its connections: the worker answers over the new one, if it still needs it."""
+        if incoming.state == "lost":
+            raise LazymigError(
+                "what kept the process's missing pages waiting was killed: they cannot be put in any more",
+                code="pages-lost",
+                subject=f"pid {incoming.pid}",
+                hint="end the process there; the original is still whole, stopped",
+            )
+        if incoming.state == "done":
+            await channel.send({"t": "done", **incoming.report})
+            with trio.move_on_after(_RELEASED_TIMEOUT_S):
+                await channel.expect("released")
+                registry.forget(self._directory, str(frame["id"]))
+            return
+        if incoming.state not in ("running", "paused"):
+            raise LazymigError(f"it is {incoming.state}", code="not-running", subject=str(frame["id"]))
+        hello = {"role": "resume", "epoch": int(frame["epoch"]), "streams": int(frame["streams"])}
+        _hand_over(stream, incoming, {**hello, "peer": channel.peer})
 
     async def _new(self, channel: Channel, stream: trio.SocketStream) -> None:
         active = [i for i in self._incoming.values() if i.data.fileno() >= 0]
         if len(active) >= MAX_MIGRATIONS:
             raise LazymigError(f"{len(active)} migrations are under way", code="busy", hint="try again later")
-        while len(self._incoming) >= MAX_REMEMBERED:
-            oldest = next(k for k, i in self._incoming.items() if i.data.fileno() < 0)
+        over = [k for k, i in self._incoming.items() if i.state in ("done", "aborted", "gone", "unknown")]
+        for oldest in over[: max(0, len(self._incoming) - MAX_REMEMBERED + 1)]:
             del self._incoming[oldest]
         migration, secret = secrets.token_hex(8), secrets.token_hex(16)
         welcome = {"t": "welcome", "version": VERSION, "id": migration, "secret": secret}
         await channel.send({**welcome, "capabilities": CAPABILITIES})
         _blocking(stream)
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as control:
-            data = self._spawner.spawn(control, {"id": migration, "peer": channel.peer})
+            meta = {"id": migration, "peer": channel.peer, "secret": secret}
+            data = self._spawner.spawn({**meta, "directory": str(self._directory)}, control)
         incoming = self._incoming[migration] = Incoming(secret, channel.peer, data)
         self._emit({"event": "incoming", "id": migration, "peer": channel.peer})
         self._nursery.start_soon(self._watch, migration, incoming)
 
     async def _watch(self, migration: str, incoming: Incoming) -> None:
-        """Follows a worker's events to its end."""
-        data = trio.socket.from_stdlib_socket(incoming.data.dup())
-        with data:
+        """Follows a worker's events to its end; when that comes after commit and too early, finds another."""
+        delay = 0.0
+        while True:
+            began = trio.current_time()
+            if incoming.data.fileno() >= 0:
+                await self._follow(migration, incoming)
+                incoming.data.close()
+            if incoming.word is Word.COMMITTING and await was_let_go(incoming.pid):
+                incoming.seen = True
+                incoming.word, incoming.state = Word.RUNNING, "running"
+            failed = incoming.state == "failed" and incoming.word is Word.RUNNING
+            if not failed and incoming.state not in ("running", "paused", "interrupted"):
+                break
+            if trio.current_time() - began > _REVIVE_AT_MOST_S:
+                delay = 0.0
+            await trio.sleep(delay)
+            delay = min(max(2 * delay, _REVIVE_AFTER_S), _REVIVE_AT_MOST_S)
+            await self._revive(migration, incoming)
+        if incoming.state not in ("done", "lost", "aborted", "failed", "committing", "unknown"):
+            incoming.state = "gone"
+        if incoming.state in ("gone", "aborted") or incoming.word in (Word.NOTHING, Word.ABORTED):
+            registry.forget(self._directory, migration)  # a worker that was killed could not
+
+    async def _follow(self, migration: str, incoming: Incoming) -> None:
+        with trio.socket.from_stdlib_socket(incoming.data.dup()) as data:
             while message := await _receive_or_nothing(data):
                 event = json.loads(message)
-                incoming.state = str(event.get("event"))
+                state = str(event["event"])
+                if state == "failed" and event["error"]["code"] in _TOO_EARLY_OR_LATE:
+                    return  # `_revive` finds out which
+                if state == "failed" and event["error"] == incoming.failure:
+                    continue  # another successor, with no better luck
+                incoming.failure = event.get("error") if state == "failed" else None
+                incoming.state = {"resumed": "running", "adopted": "paused"}.get(state, state)
+                incoming.report = event.pop("report", {})
                 incoming.pid = int(event.get("pid", incoming.pid))
-                if incoming.state in set(Word):
+                if incoming.state in _RUNS:
+                    incoming.word = Word.RUNNING  # a successor's word too
+                elif incoming.state in set(Word):
                     incoming.word = Word(incoming.state)
                 if incoming.state != Word.COMMITTING:
                     self._emit({**event, "id": migration, "peer": incoming.peer})
-        incoming.data.close()
-        if incoming.state not in ("done", "aborted", "failed", "committing"):
-            incoming.state = "gone" if incoming.state != "running" else "running"
+
+    async def _revive(self, migration: str, incoming: Incoming) -> None:
+        """Looks for who sees to a process that runs here, or starts somebody; or finds that it is too late."""
+        found = [e for e in registry.entries(self._directory) if e["id"] == migration]
+        if not found:
+            incoming.state = "unknown" if incoming.state == "interrupted" else "failed"
+        elif found[0]["alive"]:
+            sock = await trio.to_thread.run_sync(dial_worker, self._directory, migration)
+            if sock is not None:
+                incoming.data = sock
+                incoming.state, incoming.word = str(found[0]["state"]), Word.RUNNING
+        elif incoming.state == "interrupted" and not await was_let_go(incoming.pid):
+            # Before commit, or it ran and has ended before anybody wrote that down: nobody may run it on a guess.
+            incoming.state = "unknown"
+            registry.forget(self._directory, migration)
+        elif (self._directory / f"{migration}.keeper").exists():
+            fields = {k: v for k, v in found[0].items() if k not in ("id", "alive", "state")}
+            meta = {"id": migration, "pid": int(found[0]["pid"]), "directory": str(self._directory)}
+            incoming.data = self._spawner.spawn({**meta, "fields": fields})
+        elif found[0]["state"] == "done":
+            incoming.state, incoming.report = "done", dict(found[0].get("report", {}))
+        else:
+            self._without_keeper(migration, incoming, found[0])
+
+    def _without_keeper(self, migration: str, incoming: Incoming, entry: Event) -> None:
+        incoming.word = Word.RUNNING
+        if registry.lives(incoming.pid) and registry.start_time(incoming.pid) == entry.get("start"):
+            incoming.state = "lost"
+            self._emit({"event": "lost", "id": migration, "peer": incoming.peer, "pid": incoming.pid})
+        else:
+            incoming.state = "done"  # it has ended, and its keeper with it
+            registry.forget(self._directory, migration)
+            self._emit({"event": "ended", "id": migration, "peer": incoming.peer, "pid": incoming.pid})
+
+    def _remember(self) -> None:
+        """Takes up what a daemon before this one had under way."""
+        data = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        data.close()
+        for entry in list(registry.entries(self._directory)):
+            if registry.is_stale(entry):
+                registry.forget(self._directory, entry["id"])
+                continue
+            incoming = Incoming(str(entry["secret"]), str(entry["peer"]), data, pid=int(entry.get("pid", 0)))
+            if entry["state"] in _RUNS:
+                incoming.state, incoming.word = "paused", Word.RUNNING
+            else:
+                incoming.state, incoming.word = "interrupted", Word.FORGOTTEN
+            self._incoming[entry["id"]] = incoming
+            self._nursery.start_soon(self._watch, entry["id"], incoming)
 
 
 async def _receive_or_nothing(data: trio.socket.SocketType) -> bytes:
@@ -164,83 +273,46 @@ async def _receive_or_nothing(data: trio.socket.SocketType) -> bytes:
         return b""
 
 
+def _hand_over(stream: trio.SocketStream, incoming: Incoming, hello: Event) -> None:
+    """Passes a connection to the worker. LazymigError ``busy``."""
+    if incoming.data.fileno() < 0:
+        raise LazymigError("its worker has ended, and another is on its way", code="busy")
+    _blocking(stream)
+    try:
+        send_fds(incoming.data, msgpack.packb(hello), [stream.socket.fileno()])
+    except OSError as e:
+        raise LazymigError(
+            f"its worker takes no connection now ({e.strerror})", code="busy", hint="try again later"
+        ) from e
+
+
 def _blocking(stream: trio.SocketStream) -> None:
     """The description is handed to another process, which uses it with blocking calls."""
     os.set_blocking(stream.socket.fileno(), True)
 
 
-def _runs_under_keeper(pid: int) -> bool:
-    """Whether the moved process lives, released by a worker that is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-            fields = f.read().rpartition(")")[2].split()
-        with open(f"/proc/{fields[1]}/comm", encoding="utf-8") as f:
-            return fields[0] not in "ZX" and f.read().strip() == "lazymig-keeper"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def worker(control: socket.socket, data: socket.socket, meta: dict[str, str]) -> None:
-    """A worker's main function: receives one process, telling the daemon of its states."""
-    ptrace.block_sigchld()
-    give_way(None)
-    gc.disable()  # a worker lives for one migration, and a collection in the freeze would be downtime
-    trio.run(_work, control, data, meta)
-
-
-async def _work(control: socket.socket, data: socket.socket, meta: dict[str, str]) -> None:
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
-    from_daemon = trio.socket.from_stdlib_socket(data)
-    send, receive = trio.open_memory_channel[tuple[dict[str, Any], socket.socket]](32)
-
-    def tell(event: Event) -> None:
-        try:
-            data_out.send(json.dumps(event).encode())
-        except OSError:
-            pass  # the daemon is gone; before commit the watch below cancels
-
-    data_out = data.dup()
-    migration = DestinationMigration(Channel(stream, meta["peer"]), receive, tell)
-
-    async def connections(scope: trio.CancelScope) -> None:
-        while True:
-            try:
-                message, ancillary, _, _ = await from_daemon.recvmsg(4096, 64, socket.MSG_CMSG_CLOEXEC)
-            except OSError:
-                message = b""
-            if not message:
-                break
-            (fd,) = fds_of(ancillary)
-            await send.send((msgpack.unpackb(message), socket.socket(fileno=fd)))
-        # The daemon was killed. A process that runs here already is seen through; others are given up.
-        if not migration.committed:
-            scope.cancel()
-
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(connections, nursery.cancel_scope)
-            await migration.run()
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        error = first_error(group)
-        tell({"event": "failed" if migration.committed else "aborted", "error": error.to_wire()})
-
-
 def run_daemon(options: DaemonOptions, on_event: Callable[[Event], None]) -> None:
-    """Runs the daemon until SIGINT or SIGTERM. Raises LazymigError when it cannot listen."""
+    """Runs the daemon until SIGINT or SIGTERM. Raises LazymigError when it cannot listen, or its state is in use."""
+    directory = registry.private_directory(options.state_directory)
     spawner = Spawner(worker)
+    lock = -1
     try:
-        trio.run(_until_told, Daemon(spawner, on_event), options)
+        lock = registry.lock_directory(
+            directory
+        )  # after the fork: workers outlive the daemon, and must not have it
+        trio.run(_until_told, Daemon(spawner, options, on_event))
     except BaseExceptionGroup as group:
         raise first_error(group) from None
     finally:
         spawner.close()
+        if lock >= 0:
+            registry.unlock_directory(directory, lock)
 
 
-async def _until_told(daemon: Daemon, options: DaemonOptions) -> None:
+async def _until_told(daemon: Daemon) -> None:
     # The handlers are there before anybody is told that the daemon listens, and end it at a place of its own choice.
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(daemon.serve, options)
+            nursery.start_soon(daemon.serve)
             async for _ in signals:
                 nursery.cancel_scope.cancel()

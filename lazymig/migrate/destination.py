@@ -6,6 +6,7 @@ connections. Until it answers a commit every failure ends in `_abort`, after whi
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
@@ -22,17 +23,28 @@ from lazymig.migrate import offer as offers
 from lazymig.migrate.builder import Builder
 from lazymig.migrate.capture import Capture
 from lazymig.migrate.channel import PATIENCE_S, Channel
+from lazymig.migrate.lazy_phase import Connection, LazyPhase
 from lazymig.migrate.links import idle_s
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
-from lazymig.migrate.states import DESTINATION_STEPS, OWN, Act, Destination, Machine, Word
+from lazymig.migrate.registry import Entry, start_time
+from lazymig.migrate.states import (
+    DESTINATION_STEPS,
+    DESTINATION_TRANSITIONS,
+    FAILURE,
+    OWN,
+    Act,
+    Destination,
+    Machine,
+    Word,
+)
 from lazymig.process.descriptors import dump_from
 from lazymig.process.files import FileReceiver
 from lazymig.process.vmas import Layout
+from lazymig.skeleton.keeper import Listening
 from lazymig.uffd.lazy import LazyMemory
 from page_server.receiver import BulkReceiver
 
-_PROGRESS_S = 0.2
 _ROUND_PATIENCE_S = 3 * PATIENCE_S  # the source looks through all of a process's memory between two frames
 
 
@@ -42,12 +54,14 @@ class DestinationMigration:
     def __init__(
         self,
         control: Channel,
-        data: trio.MemoryReceiveChannel[tuple[dict[str, Any], socket.socket]],
+        data: trio.MemoryReceiveChannel[Connection],
         tell: Callable[[dict[str, Any]], None],
+        entry: Entry,
     ) -> None:
         self.control = control
         self._data = data
         self._tell = tell  # events for the daemon
+        self.entry = entry  # for whoever goes on when this process dies
         self.machine = Machine("destination", Destination.OFFERED, DESTINATION_STEPS)
         self.offer: offers.Offer
         self.builder: Builder | None = None
@@ -56,11 +70,13 @@ class DestinationMigration:
         self._bulk: list[socket.socket] = []
         self.fault: socket.socket | None = None
         self._steps: dict[str, float] = {}
+        self._phase: LazyPhase
 
     @property
     def committed(self) -> bool:
         """Whether the process runs here."""
-        return self.machine.state in (Destination.RUNNING, Destination.DONE)
+        after = (Destination.RUNNING, Destination.PAUSED, Destination.DONE, Destination.FAILED)
+        return self.machine.state in after
 
     @property
     def _built(self) -> Builder:
@@ -74,6 +90,8 @@ class DestinationMigration:
                 await self._receive()
         except BaseException as e:
             if self.committed:
+                if Destination.FAILED in DESTINATION_TRANSITIONS[self.machine.state]:
+                    self.machine.take(FAILURE, {})
                 raise
             lost = self.builder.lost() if self.builder is not None and isinstance(e, Exception) else None
             self._abort()
@@ -99,6 +117,7 @@ class DestinationMigration:
         if self.builder is not None:
             self.builder.abandon()
         self.files.undo()
+        self.entry.remove()
 
     def _say(self, word: Word) -> None:
         self._tell({"event": str(word), "pid": self.offer.pid})
@@ -155,7 +174,9 @@ class DestinationMigration:
                 self._start(frame)
                 await self._open_data()
                 if self.offer.mode in (Mode.HYBRID, Mode.POSTCOPY):
-                    self._built.lazy = LazyMemory(self._built.uffd, self.fault)
+                    assert self.fault is not None
+                    with self.fault:
+                        self._built.lazy = LazyMemory(self._built.uffd, self.fault)
                     self._built.lazy.start()
                 first = False
             if frame["t"] == "layout":
@@ -183,7 +204,10 @@ class DestinationMigration:
         if frame["t"] != "layout":
             raise ProtocolError("the first frame is not a layout")
         layout = Layout(frames.change(frame).diff.map)
-        self.builder = Builder(self.offer.pid, layout)
+        with Listening(self.entry.path.with_suffix(".keeper")) as listening:
+            self.builder = Builder(self.offer.pid, layout, listening)
+        pid = self.offer.pid
+        self.entry.set(pid=pid, start=start_time(pid), state="receiving", mode=str(self.offer.mode))
         self.machine.to(Destination.SKELETON)
         self.builder.open(dump_from(self.offer.fds), self.offer.highest_fd)
 
@@ -265,6 +289,22 @@ class DestinationMigration:
             make_way()
             builder.send(signals)
 
+        def send() -> None:
+            with contextlib.suppress(PeerLostError):  # it asks
+                self.control.send_now({**running, "at_ns": time.time_ns()})
+
+        def note() -> None:
+            self._phase = LazyPhase(
+                self.offer.pid,
+                builder.lazy,
+                self.machine,
+                self._data,
+                self._tell,
+                self.control,
+                self.receivers,
+            )
+            self._phase.note(self.entry)
+
         running = {"t": "running", "at_ns": 0, "breakdown": self._steps}
         self.machine.take(
             OWN,
@@ -272,42 +312,15 @@ class DestinationMigration:
                 Act.SAY_COMMITTING: partial(self._say, Word.COMMITTING),
                 Act.LET_GO: let_go,
                 Act.SAY_RUNNING: partial(self._say, Word.RUNNING),
-                Act.SEND_RUNNING: lambda: self.control.send_now({**running, "at_ns": time.time_ns()}),
+                Act.SEND_RUNNING: send,
+                Act.NOTE_RUNNING: note,
             },
         )
         anywhere()
         builder.running()
-        if builder.lazy is not None:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell_progress, builder.lazy)
-                await builder.lazy.wait_done()
-                nursery.cancel_scope.cancel()
-        await self._finished()
-
-    async def _tell_progress(self, lazy: LazyMemory) -> None:
-        while True:
-            await trio.sleep(_PROGRESS_S)
-            await self.control.send({"t": "progress", "left": lazy.remaining})
-
-    async def _finished(self) -> None:
-        report: dict[str, Any] = {"stall_ns": 0, "faults": 0, "hist": []}
-        if self._built.lazy is not None:
-            s = self._built.lazy.stats()
-            report = {
-                "stall_ns": s.stall_ns,
-                "faults": s.faults,
-                "zero_faults": s.zero_faults,
-                "hist": list(s.hist),
-            }
-        self._built.complete()
-        self.machine.to(Destination.DONE)
-        await self.control.send({"t": "done", **report, "breakdown": self._steps})
-        self._tell({"event": "done", "pid": self.offer.pid})
-        with trio.move_on_after(5):
-            await self.control.expect("released")
-        for r in self.receivers:
-            r.close()
-        self._built.close()
+        await self._phase.run()
+        await self._phase.finish(builder.complete, self._steps)
+        builder.close()
 
 
 def _explained(e: BaseException) -> LazymigError:

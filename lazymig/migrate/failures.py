@@ -52,6 +52,7 @@ SOURCE_WHEN: Mapping[Source, When] = {
     ),
     Source.COMMIT: When.SENDING,
     Source.SERVE: When.RUNNING,
+    Source.PAUSED: When.RUNNING,
     Source.RELEASE: When.COMPLETE,
 }
 DESTINATION_WHEN: Mapping[Destination, When] = {
@@ -60,6 +61,7 @@ DESTINATION_WHEN: Mapping[Destination, When] = {
     ),
     Destination.COMMITTING: When.TAKEN,
     Destination.RUNNING: When.RUNNING,
+    Destination.PAUSED: When.RUNNING,
     Destination.DONE: When.COMPLETE,
 }
 
@@ -75,7 +77,7 @@ class Outcome:
 _S, _D, _N = Owner.SOURCE, Owner.DESTINATION, Owner.NOBODY
 _DONE = Outcome("destination", (_D,))
 _GIVEN_UP = Outcome("the destination says that it gave up: runs on at the source", (_S,))
-_WAITS = Outcome("threads that need a page wait", (_D,))
+_WAITS = Outcome("threads that need a page wait; the source dials until it is answered", (_D,))
 _IN_THE_FREEZE = "; once it is frozen, goes on"
 
 TABLE: Mapping[Who, Mapping[When, Outcome]] = {
@@ -88,15 +90,25 @@ TABLE: Mapping[Who, Mapping[When, Outcome]] = {
     },
     Who.ENGINE: {
         When.BEFORE: Outcome("runs on at the source: the kernel lets go of what a dead tracer traced", (_S,)),
-        When.SENDING: Outcome("runs on at the source, or is frozen there if the engine got to that", (_S,)),
-        When.TAKEN: Outcome("runs at the destination; the original is frozen", (_D,)),
-        When.RUNNING: Outcome("source: frozen. Destination: runs; threads that need a page wait", (_D,)),
+        When.SENDING: Outcome(
+            "runs on at the source, or is frozen there if the engine got to that: `migrate --resume` asks the "
+            "destination, and lets it run on",
+            (_S,),
+        ),
+        When.TAKEN: Outcome(
+            "runs at the destination; the original is frozen, and `migrate --resume` serves on", (_D,)
+        ),
+        When.RUNNING: Outcome(
+            "runs at the destination, where threads that need a page wait; the original is frozen, and "
+            "`migrate --resume` serves on",
+            (_D,),
+        ),
         When.COMPLETE: _DONE,
     },
     Who.LINK: {
         When.BEFORE: Outcome("runs on at the source; the destination keeps nothing", (_S,)),
         When.SENDING: _GIVEN_UP,
-        When.TAKEN: Outcome("frozen at the source, which asks for a verdict: runs at the destination", (_D,)),
+        When.TAKEN: Outcome("the source asks for a verdict: runs at the destination; it dials again", (_D,)),
         When.RUNNING: _WAITS,
         When.COMPLETE: _DONE,
     },
@@ -108,14 +120,21 @@ TABLE: Mapping[Who, Mapping[When, Outcome]] = {
             "running if the process is seen, else unknown and frozen at the source",
             (_S,),
         ),
-        When.RUNNING: Outcome("threads that need a page wait: the keeper holds the userfaultfd", (_D,)),
+        When.RUNNING: Outcome(
+            "threads that need a page wait; the daemon starts another, to which the keeper gives the userfaultfd and "
+            "the record of pages",
+            (_D,),
+        ),
         When.COMPLETE: _DONE,
     },
     Who.DAEMON: {
         When.BEFORE: Outcome("runs on at the source" + _IN_THE_FREEZE, (_S, _D)),
         When.SENDING: Outcome("its worker goes on", (_D,)),
-        When.TAKEN: Outcome("its worker goes on; nobody can be asked any more", (_D,)),
-        When.RUNNING: Outcome("workers are processes of their own and go on", (_D,)),
+        When.TAKEN: Outcome("its worker goes on; nobody can be asked until a daemon is there again", (_D,)),
+        When.RUNNING: Outcome(
+            "its worker goes on; a daemon started again with the same `--state-dir` finds it, or its keeper",
+            (_D,),
+        ),
         When.COMPLETE: _DONE,
     },
     Who.KEEPER: {
@@ -145,7 +164,7 @@ TABLE: Mapping[Who, Mapping[When, Outcome]] = {
         When.BEFORE: Outcome("gone with the host", (_N,)),
         When.SENDING: Outcome("gone with the host", (_N,)),
         When.TAKEN: Outcome("destination runs, and lacks pages", (_D,)),
-        When.RUNNING: Outcome("threads that need a page wait for ever", (_D,)),
+        When.RUNNING: Outcome("threads that need a page wait, until a person ends it", (_D,)),
         When.COMPLETE: _DONE,
     },
     Who.DESTINATION_HOST: {

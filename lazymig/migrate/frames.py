@@ -173,14 +173,14 @@ class Done:
 
 
 def done(frame: Frame) -> Done:
-    """Of a done frame."""
+    """Of a done frame. Counts may be missing: whoever knew them may have ended."""
     with unsound("a done"):
         steps = frame.get("breakdown", {})
         if not isinstance(steps, dict) or len(steps) > MAX_TOLD:
             raise ProtocolError("no breakdown")
         return Done(
-            number(frame["stall_ns"], _WORD),
-            number(frame["faults"], _WORD),
-            [number(n, _WORD) for n in rows(frame["hist"], MAX_TOLD)],
+            number(frame.get("stall_ns", 0), _WORD),
+            number(frame.get("faults", 0), _WORD),
+            [number(n, _WORD) for n in rows(frame.get("hist", []), MAX_TOLD)],
             {told(k): float(v) for k, v in steps.items()},
         )

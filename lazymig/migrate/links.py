@@ -13,7 +13,7 @@ import time
 import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
-from lazymig.migrate.channel import MAX_HELLO, PATIENCE_S, VERSION, Channel, decode_body, encode
+from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame, decode_body, encode
 from lazymig.migrate.options import MigrateOptions
 from lazymig.migrate.states import Verdict
 
@@ -22,19 +22,20 @@ _HEAD = 8
 _VERDICT_TIMEOUT_S = 5.0
 _PINGS = 5
 _LAST_DATA_RECV = 52  # tcpi_last_data_recv of struct tcp_info (linux/tcp.h), ms
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 5))
-_USER_TIMEOUT_MS = int(PATIENCE_S * 1000)
+_PROBES = 4  # keep-alives without an answer that end a connection
 
 
-def tune(sock: socket.socket) -> None:
-    """No delay for small frames; a peer that vanished without a word is noticed within half a minute."""
+def tune(sock: socket.socket, timeout_s: float) -> None:
+    """No delay for small frames; a peer that vanished without a word is noticed after about ``timeout_s``."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+    every = max(1, int(timeout_s / (_PROBES + 1)))
+    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+        sock.setsockopt(socket.IPPROTO_TCP, option, every)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
 
 
 def idle_s(sock: socket.socket) -> float:
@@ -46,11 +47,11 @@ def idle_s(sock: socket.socket) -> float:
     return int.from_bytes(info[_LAST_DATA_RECV : _LAST_DATA_RECV + 4], "little") / 1e3
 
 
-def tune_trio(stream: trio.SocketStream) -> None:
+def tune_trio(stream: trio.SocketStream, timeout_s: float) -> None:
     """The same for a trio stream."""
     if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
-            tune(twin)
+            tune(twin, timeout_s)
 
 
 class Links:
@@ -61,6 +62,7 @@ class Links:
         self.migration = migration
         self.secret = secret
         self.round_trip_ms = round_trip_ms
+        self.epoch = 0  # how often all connections were made anew
         self.bulk: list[socket.socket] = []
         self.fault: socket.socket
 
@@ -71,24 +73,44 @@ class Links:
         self.fault = await self._open("fault", 0, options)
 
     async def _open(self, role: str, index: int, options: MigrateOptions) -> socket.socket:
-        hello = {"t": "hello", "version": VERSION, "role": role, "id": self.migration, "secret": self.secret}
-        return await trio.to_thread.run_sync(_connect_raw, options, {**hello, "index": index})
+        hello = {**self._hello(role), "index": index, "epoch": self.epoch}
+        return await trio.to_thread.run_sync(_connect_raw, options, hello)
+
+    def _hello(self, role: str) -> Frame:
+        return {"t": "hello", "version": VERSION, "role": role, "id": self.migration, "secret": self.secret}
+
+    async def resume(self, options: MigrateOptions) -> tuple[Frame, bytes]:
+        """After commit: makes all connections anew. Returns what the destination has to say of itself.
+
+        That is ``resumed`` with the pages that it lacks, or ``done``. PeerLostError, and whatever it answers.
+        """
+        await self.aclose()
+        self.bulk = []
+        self.epoch += 1
+        try:
+            with trio.fail_after(options.connect_timeout_s):
+                stream = await trio.open_tcp_stream(options.host, options.port)
+                tune_trio(stream, options.link_timeout_s)
+                self.control = Channel(stream, self.control.peer)
+                hello = {"epoch": self.epoch, "streams": options.streams}
+                await self.control.send({**self._hello("resume"), **hello})
+                answer, pending = await self.control.expect("resumed", "done")
+            if answer["t"] == "resumed":
+                await self.open_data(options)
+            return answer, pending
+        except OSError as e:
+            raise PeerLostError(f"no daemon answers there ({e})", subject=self.control.peer) from e
+        except trio.TooSlowError:
+            raise PeerLostError("it does not answer", subject=self.control.peer) from None
 
     async def ask_verdict(self, options: MigrateOptions) -> Verdict:
         """Asks the destination's daemon, over a new connection, what became of this migration."""
-        hello = {
-            "t": "hello",
-            "version": VERSION,
-            "role": "verdict",
-            "id": self.migration,
-            "secret": self.secret,
-        }
         try:
             with trio.fail_after(_VERDICT_TIMEOUT_S):
                 stream = await trio.open_tcp_stream(options.host, options.port)
                 async with stream:
                     channel = Channel(stream, self.control.peer)
-                    await channel.send(hello)
+                    await channel.send(self._hello("verdict"))
                     frame, _ = await channel.expect("verdict")
                 return Verdict(frame["verdict"])
         except (OSError, LazymigError, trio.TooSlowError, ValueError):
@@ -114,7 +136,7 @@ async def connect(options: MigrateOptions) -> Links:
             subject=peer,
             hint="start `lazymig lazy-pages --listen ADDR:PORT` on the destination",
         ) from e
-    tune_trio(stream)
+    tune_trio(stream, options.link_timeout_s)
     control = Channel(stream, peer)
     try:
         with trio.fail_after(options.connect_timeout_s):
@@ -149,7 +171,7 @@ def _connect_raw(options: MigrateOptions, hello: dict[str, object]) -> socket.so
     except OSError as e:
         raise PeerLostError(f"no further connection ({e})", subject=peer) from e
     try:
-        tune(sock)
+        tune(sock, options.link_timeout_s)
         sock.sendall(encode(hello))
         head = _read_exactly(sock, _HEAD)
         length = int.from_bytes(head[:4], "little")

@@ -13,6 +13,8 @@ from lazymig.errors import LazymigError
 DEFAULT_PORT = 7077
 DEFAULT_MAX_DOWNTIME_MS = 5.0
 DEFAULT_MAX_ROUNDS = 30
+STATE_ROOT = Path("/run/lazymig")
+DEFAULT_LINK_TIMEOUT_S = 20.0
 LOOPBACK = "127.0.0.1"
 
 
@@ -69,6 +71,7 @@ class MigrateOptions:
     codec: Codec = Codec.NONE
     streams: int = 1  # bulk connections
     connect_timeout_s: float = 10.0
+    link_timeout_s: float = DEFAULT_LINK_TIMEOUT_S  # a peer silent for so long is lost
 
     def __post_init__(self) -> None:
         if self.pid <= 0:
@@ -83,6 +86,7 @@ class MigrateOptions:
             raise OptionError("must be at least 1", subject="--max-rounds")
         if self.bandwidth_limit is not None and self.bandwidth_limit <= 0:
             raise OptionError("must be more than 0 bytes/s", subject="--bandwidth-limit")
+        check_link_timeout(self.link_timeout_s)
         if not 1 <= self.streams <= 16:
             raise OptionError("must be between 1 and 16", subject="--streams")
         if (self.stdio is Stdio.FILE) != bool(self.stdio_path):
@@ -94,10 +98,18 @@ class DaemonOptions:
     """The destination daemon: where it listens."""
 
     listen: tuple[tuple[str, int], ...] = ((LOOPBACK, DEFAULT_PORT),)
+    link_timeout_s: float = DEFAULT_LINK_TIMEOUT_S  # a peer silent for so long is lost
+    state_dir: Path | None = None  # where the next daemon finds what this one had under way
+
+    @property
+    def state_directory(self) -> Path:
+        """The directory of the state: one for each port, unless told otherwise."""
+        return self.state_dir or STATE_ROOT / f"daemon-{self.listen[0][1]}"
 
     def __post_init__(self) -> None:
         if not self.listen:
             raise OptionError("nothing to listen on", subject="--listen")
+        check_link_timeout(self.link_timeout_s)
 
     @property
     def insecure(self) -> bool:
@@ -117,6 +129,12 @@ class PredumpOptions:
     def __post_init__(self) -> None:
         if self.pid <= 0:
             raise OptionError("must be a positive number", subject=f"PID {self.pid}")
+
+
+def check_link_timeout(seconds: float) -> None:
+    """OptionError unless it is one that TCP can keep: its keep-alives are in whole seconds."""
+    if not 2 <= seconds <= 3600:
+        raise OptionError("must be between 2 s and an hour", subject="--link-timeout")
 
 
 def is_loopback(host: str) -> bool:

@@ -23,9 +23,16 @@ from lazymig.errors import CancelledMigrationError, LazymigError, ProcessGoneErr
 from lazymig.kernel import procfs, ptrace
 from lazymig.migrate.options import MigrateOptions
 from lazymig.migrate.placement import give_way
+from lazymig.migrate.resume import ResumedMigration
 from lazymig.migrate.source import SourceMigration
 
 Event = dict[str, Any]
+Make = Callable[[Callable[[Event], None]], SourceMigration | ResumedMigration]
+
+
+def run_resumed(number: str, address: tuple[str, int] | None, on_event: Callable[[Event], None]) -> None:
+    """Sees a migration through whose engine died after commit; else as `run_migration`."""
+    _run(lambda emit: ResumedMigration(number, address, emit), on_event, None)
 
 
 def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) -> None:
@@ -33,7 +40,12 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
 
     Raises LazymigError only when the engine itself broke down without a word.
     """
-    stopped_before = _stopped(options.pid)
+    _run(lambda emit: SourceMigration(options, emit), on_event, options.pid)
+
+
+def _run(make: Make, on_event: Callable[[Event], None], pid: int | None) -> None:
+    """``pid``: of a process that runs here; None when it was handed over before."""
+    stopped_before = pid is None or _stopped(pid)
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -44,7 +56,7 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            status = _engine(options, theirs)
+            status = _engine(make, theirs)
         except BaseException as e:  # the child must never return into the caller's code
             _tell(theirs, {"event": "failed", "error": LazymigError(repr(e), code="internal").to_wire()})
         finally:
@@ -54,12 +66,12 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
         final = _follow(ours, on_event)
     os.waitpid(child, 0)
     if not final:
-        if not stopped_before and _stopped(options.pid):
+        if pid is None or (not stopped_before and _stopped(pid)):
             on_event({"event": "commit"})  # it got as far as that, and could not tell any more
             raise LazymigError(
                 "the migration's engine was killed after commit; the original stays frozen",
                 code="engine-lost",
-                hint="look for it on the destination; if it does not run there: kill -CONT it here",
+                hint="lazymig migrations names it, lazymig migrate --resume ID goes on with it",
             )
         raise LazymigError(
             "the migration's engine was killed before commit",
@@ -103,11 +115,11 @@ def _tell(sock: socket.socket, event: Event) -> None:
         pass  # the command was killed; whoever watches for that cancels
 
 
-def _engine(options: MigrateOptions, sock: socket.socket) -> int:
+def _engine(make: Make, sock: socket.socket) -> int:
     ptrace.block_sigchld()
     gc.disable()  # the engine lives for one migration, and a collection in the freeze would be downtime
     give_way(None)  # the rounds come after the work of the process that they copy
-    migration = SourceMigration(options, lambda e: _tell(sock, e))
+    migration = make(lambda e: _tell(sock, e))
     try:
         final = trio.run(_supervise, migration, sock)
     except RefusedError as e:
@@ -131,7 +143,7 @@ def first_error(group: BaseExceptionGroup) -> LazymigError:
     return LazymigError(repr(group.exceptions[0]), code="internal")
 
 
-async def _supervise(migration: SourceMigration, sock: socket.socket) -> Event:
+async def _supervise(migration: SourceMigration | ResumedMigration, sock: socket.socket) -> Event:
     """Runs the migration beside a watch on the command: cancel, or its end, cancels."""
     commands = trio.socket.from_stdlib_socket(sock.dup())
 

@@ -7,12 +7,13 @@ process runs on here as if nothing had been.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 import trio
 
@@ -26,17 +27,18 @@ from lazymig.errors import (
     SyscallError,
 )
 from lazymig.kernel.ranges import RangeSet
-from lazymig.migrate import frames
+from lazymig.migrate import frames, registry, resume
 from lazymig.migrate import offer as offers
 from lazymig.migrate.brake import Brake
 from lazymig.migrate.capture import Capture, capture, rehearse
 from lazymig.migrate.channel import PATIENCE_S
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
-from lazymig.migrate.options import Codec, MigrateOptions, Mode
+from lazymig.migrate.options import MigrateOptions, Mode
 from lazymig.migrate.parts import classify, lazy_capable, locked, split_eager, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
 from lazymig.migrate.rounds import Action, Policy, RoundRecord
+from lazymig.migrate.serve import Serving, make_senders
 from lazymig.migrate.states import SOURCE_STEPS, SOURCE_TRANSITIONS, Act, Machine, Source, Verdict, asked
 from lazymig.migrate.target import Target
 from lazymig.process.descriptors import DescriptorDumper
@@ -47,9 +49,6 @@ from page_server.sender import BulkSender
 from page_server.source import PageSource, SourceStats
 
 Event = dict[str, Any]
-# The sender itself stops compressing where that does not pay.
-_CODECS = {Codec.NONE: None, Codec.AUTO: "lz4", Codec.LZ4: "lz4", Codec.ZSTD: "zstd"}
-_DRAIN_EVENT_S = 0.2
 _FREEZE_TRIES = 20
 _THAW_S = 0.01
 _PASSING = {"fd-content"}  # reasons that a process that runs on removes by itself
@@ -88,6 +87,7 @@ class SourceMigration:
         self._bulk_bytes = 0
         self._handed_over = False  # the commit was sent: the destination may run it, so this host never will
         self._parent: ParentLayer | None = None
+        self.entry: registry.Entry | None = None
 
     @property
     def committed(self) -> bool:
@@ -119,6 +119,10 @@ class SourceMigration:
                 raise
             raise cause from e
         finally:
+            if self.entry is not None and (not self._handed_over or self.machine.state is Source.DONE):
+                self.entry.remove()
+            elif self.entry is not None:
+                self.entry.close()  # the original stays stopped, and this says why
             if not self._handed_over:
                 self.target.close()
 
@@ -185,16 +189,9 @@ class SourceMigration:
             self.machine.to(Source.DONE)
             return {"event": "done", "dry_run": True, "pid": self.options.pid}
         await self.links.open_data(self.options)
+        self._note()
         rehearse()
-        self.senders = [
-            BulkSender(
-                s,
-                self.options.pid,
-                codec=_CODECS[self.options.codec],
-                limit_bytes_per_s=self.options.bandwidth_limit or 0,
-            )
-            for s in self.links.bulk
-        ]
+        self.senders = make_senders(self.options, self.links)
         if self.options.mode in (Mode.HYBRID, Mode.PRECOPY):
             self.machine.to(Source.TRACK)
             self.target.plant_tracker()
@@ -205,6 +202,17 @@ class SourceMigration:
             await self._send_layout()
         self.machine.to(Source.FREEZE)
         return await self._hand_over()
+
+    def _note(self) -> None:
+        """Makes this migration known to `lazymig migrations`."""
+        with contextlib.suppress(LazymigError, OSError):  # the migration itself does not depend on it
+            pid = self.options.pid
+            where = {"peer": self.links.control.peer, "pid": pid, "start": registry.start_time(pid)}
+            registry.forget_ended(registry.private_directory(registry.ENGINES))
+            self.entry = registry.Entry(registry.ENGINES, self.links.migration, role="source", **where)
+            # All but the list of pages is written now: the freeze has no time for it.
+            resume.save(self.entry, self.options, self.links.secret)
+            self.entry.set(state="rounds", mode=str(self.options.mode))
 
     async def _accepted(self, offer: offers.Offer) -> None:
         """Waits for the destination's word, shipping files that it lacks when that was asked for."""
@@ -430,7 +438,7 @@ class SourceMigration:
             self.links.control.expect_now("dropped")
         ready, _ = self.links.control.expect_now("ready")
         step("prepare")
-        await self._commit(captured.pending[0], self.target.late_signals(captured.pending[0]))
+        connected = await self._commit(captured.pending[0], self.target.late_signals(captured.pending[0]))
         step("commit")
         downtime = (t[-1] - t[0]) * 1e3 - self.links.round_trip_ms / 2
         anywhere()
@@ -441,7 +449,7 @@ class SourceMigration:
         self.emit({"event": "running", "downtime_ms": downtime, "breakdown": dict(self._steps)})
         for warning in frames.texts(ready, "warnings"):
             self.emit({"event": "warning", "text": warning})
-        return await self._serve(lazy, eager, downtime)
+        return await self._serve(lazy, eager, downtime, connected)
 
     def _residual(self, captured: Capture) -> tuple[RangeSet, RangeSet, RangeSet]:
         """(eager, lazy, gone): pages to send in the freeze, to serve afterwards, and only to drop."""
@@ -458,10 +466,11 @@ class SourceMigration:
         )
         return *split_eager(layout, pages, needed, mode), (dirty.gone | self._gone) - pages
 
-    async def _commit(self, known: Sequence[int], late: list[int]) -> None:
+    async def _commit(self, known: Sequence[int], late: list[int]) -> bool:
         """Sends the one frame that hands the process over; from here on this host never runs it again.
 
-        Signals that came too ``late`` for the state, where those ``known`` are, are sent again over there.
+        Signals that came too ``late`` for the state, where those ``known`` are, are sent again over there. Whether
+        the connection still is one.
         """
         control = self.links.control
 
@@ -481,13 +490,16 @@ class SourceMigration:
                     },
                 )
                 control.expect_now("running")
+                self.machine.take("running", {})
+                return True
             except LazymigError as e:
                 # Whatever it is, an error that the destination tells of too: who owns the process it must say itself.
                 if not self._handed_over:
                     raise
                 await self._ask_again(e)
+        return False
 
-    async def _ask_again(self, lost: LazymigError) -> NoReturn:
+    async def _ask_again(self, lost: LazymigError) -> None:
         """The commit's answer was lost: asks the destination which of us owns the process; never guesses."""
         self.emit(
             {"event": "warning", "text": f"no answer to the commit ({lost}): asking the destination again"}
@@ -506,47 +518,31 @@ class SourceMigration:
                 hint=lost.hint,
             ) from lost
         if verdict is Verdict.RUNNING:
-            raise PeerLostError(
-                "the destination runs the process, but the connection broke before it had every page",
-                code="link-lost",
-                hint="threads that need a missing one wait; the original stays frozen here",
-            ) from lost
+            self.machine.take(asked(verdict), {})
+            return
         raise PeerLostError(
             "it cannot be told whether the destination runs the process; the original stays frozen",
             code="commit-unknown",
-            hint="look for it on the destination; if it does not run there: kill -CONT it here",
+            hint=f"ask again when its daemon answers: lazymig migrate --resume {self.links.migration}",
         ) from lost
 
     # ---- after commit
 
-    async def _serve(self, lazy: RangeSet, eager: RangeSet, downtime: float) -> Event:
-        self.machine.to(Source.SERVE)
+    async def _serve(self, lazy: RangeSet, eager: RangeSet, downtime: float, connected: bool) -> Event:
         with trio.CancelScope(shield=True):
-            done: frames.Done | None = None
-
-            async def wait_done() -> None:
-                nonlocal done
-                while True:
-                    got, _ = await self.links.control.expect("progress", "done")
-                    if got["t"] == "done":
-                        done = frames.done(got)
-                        nursery.cancel_scope.cancel()
-                        return
-                    self.emit({"event": "drain", "left": frames.pages_left(got), "total": lazy.pages})
-
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(wait_done)
-                await self.pages.push(lazy)
-                await trio.sleep_forever()
-            served = self.pages.stats()
-            self.pages.close()
+            serving = Serving(self.options, self.links, self.machine, lazy, self.emit)
+            serving.entry = self.entry
+            if self.entry is not None:
+                with contextlib.suppress(OSError):
+                    resume.save_pages(self.entry, lazy)
+            if not connected:
+                self.pages.close()
+            done = await serving.run(self.pages if connected else None)
             self.machine.take("done", {Act.END: self.target.abandon})
-            await self.links.control.send({"t": "released"})
-            await self.links.aclose()
+            served = await serving.finish()
             self.machine.to(Source.DONE)
             self.target.close()
-            assert done is not None
-            return self._report(downtime, done, served, lazy, eager)
+            return {**self._report(downtime, done, served, lazy, eager), "pauses": serving.pauses}
         raise AssertionError("nobody cancels this scope")
 
     def _report(

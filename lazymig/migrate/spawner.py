@@ -11,18 +11,22 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgpack
 
 _FDS = 2
-_MAX_META = 4096
+_MAX_META = 16384
+
+# What a worker does: its socket to the daemon, what it must know, and the control connection of a new migration.
+Work = Callable[[socket.socket, Mapping[str, Any], socket.socket | None], None]
 
 
 class Spawner:
     """The daemon's handle on the spawner process."""
 
-    def __init__(self, worker: Callable[[socket.socket, socket.socket, dict[str, str]], None]) -> None:
+    def __init__(self, worker: Work) -> None:
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:
@@ -35,11 +39,12 @@ class Spawner:
                 os._exit(0)
         theirs.close()
 
-    def spawn(self, control: socket.socket, meta: dict[str, str]) -> socket.socket:
+    def spawn(self, meta: Mapping[str, Any], control: socket.socket | None = None) -> socket.socket:
         """Starts a worker that owns ``control``; returns the socket over which it gets further connections."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            send_fds(self._sock, msgpack.packb(meta), [control.fileno(), theirs.fileno()])
+            fds = [theirs.fileno(), *([] if control is None else [control.fileno()])]
+            send_fds(self._sock, msgpack.packb(meta), fds)
         return ours
 
     def close(self) -> None:
@@ -50,8 +55,9 @@ class Spawner:
 
 
 def send_fds(sock: socket.socket, data: bytes, fds: list[int]) -> None:
-    """One message with descriptors."""
-    sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())])
+    """One message with descriptors. Never waits: BlockingIOError when the other end does not read."""
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())
+    sock.sendmsg([data], [rights], socket.MSG_DONTWAIT)
 
 
 def fds_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
@@ -63,9 +69,7 @@ def fds_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return fds
 
 
-def _serve(
-    sock: socket.socket, worker: Callable[[socket.socket, socket.socket, dict[str, str]], None]
-) -> None:
+def _serve(sock: socket.socket, worker: Work) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers need no reaping
     while True:
         data, ancillary, _, _ = sock.recvmsg(_MAX_META, socket.CMSG_SPACE(4 * _FDS), socket.MSG_CMSG_CLOEXEC)
@@ -80,7 +84,8 @@ def _serve(
             sock.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a worker reaps its tracees
             try:
-                worker(socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1]), msgpack.unpackb(data))
+                control = socket.socket(fileno=fds[1]) if len(fds) > 1 else None
+                worker(socket.socket(fileno=fds[0]), msgpack.unpackb(data), control)
             finally:
                 os._exit(0)
         for fd in fds:

@@ -30,6 +30,7 @@ class Source(enum.StrEnum):
     PREPARE = "prepare"  # the state is on its way
     COMMIT = "commit"  # the one point of no return: the frame is about to be sent
     SERVE = "serve"  # the process runs over there; its pages are here
+    PAUSED = "paused"  # the same, and the connection is lost: it dials again
     RELEASE = "release"  # every page has arrived: the original ends
     DONE = "done"
     ROLLBACK = "rollback"  # before commit only: the process runs on here
@@ -45,6 +46,7 @@ class Destination(enum.StrEnum):
     READY = "ready"
     COMMITTING = "committing"  # the commit is here; what can fail has its last chance
     RUNNING = "running"  # committed: the process runs here, pages are missing
+    PAUSED = "paused"  # the same, and the source is not connected: threads that need a page wait
     DONE = "done"  # every page is here
     ABORTED = "aborted"  # before commit only: nothing is left here
     FAILED = "failed"
@@ -61,6 +63,7 @@ class Verdict(enum.StrEnum):
 # Causes of a transition that are neither a frame (its name) nor a verdict (`asked`).
 OWN = "own"  # the work of the state is done
 FAILURE = "failure"  # an error, a lost connection, or Ctrl-C
+LOST = "lost"  # after commit, when a lost connection is no failure any more
 
 
 def asked(verdict: str) -> str:
@@ -80,6 +83,9 @@ class Act(enum.StrEnum):
     SEND_COMMIT = "send commit"
     SEND_RUNNING = "send running"
     SEND_DONE = "send done"
+    SEND_RESUME = "send resume"  # over a new connection
+    SEND_RESUMED = "send resumed"  # with the pages that are missing
+    SEND_DATA = "send data"  # no frame, but new bulk and fault connections
     BUILD = "build"  # the husk: it ends with the worker or the keeper
     DROP = "drop"  # the husk is killed
     KEEP = "keep"  # the keeper will not kill it any more; the worker's end still would
@@ -87,6 +93,9 @@ class Act(enum.StrEnum):
     SAY_RUNNING = "say running"
     SAY_ABORTED = "say aborted"
     LET_GO = "let go"  # its threads run at the destination
+    NOTE_RUNNING = "note running"  # into the state directory, for the next daemon
+    NOTE_DONE = "note done"
+    RELEASE = "release"  # the keeper holds nothing any more
 
 
 S = TypeVar("S", Source, Destination)
@@ -119,10 +128,15 @@ SOURCE_STEPS: tuple[Step[Source], ...] = (
     Step(_S.PREPARE, FAILURE, _S.ROLLBACK, (_A.RESUME,)),
     Step(_S.COMMIT, "running", _S.SERVE),
     Step(_S.COMMIT, asked(Verdict.ABORTED), _S.ROLLBACK, (_A.RESUME,)),
-    Step(_S.COMMIT, asked(Verdict.RUNNING), _S.FAILED),
+    Step(_S.COMMIT, asked(Verdict.RUNNING), _S.PAUSED),
     Step(_S.COMMIT, asked(Verdict.UNKNOWN), _S.FAILED),  # when it has been asked for long enough
     Step(_S.SERVE, "done", _S.RELEASE, (_A.END,)),
-    Step(_S.SERVE, FAILURE, _S.FAILED),
+    Step(_S.SERVE, LOST, _S.PAUSED),
+    Step(_S.SERVE, FAILURE, _S.FAILED),  # the original is gone
+    Step(_S.PAUSED, OWN, _S.PAUSED, (_A.SEND_RESUME,)),
+    Step(_S.PAUSED, "resumed", _S.SERVE, (_A.SEND_DATA,)),
+    Step(_S.PAUSED, "done", _S.RELEASE, (_A.END,)),
+    Step(_S.PAUSED, FAILURE, _S.FAILED),
     Step(_S.RELEASE, OWN, _S.DONE),
     Step(_S.ROLLBACK, OWN, _S.FAILED),
 )
@@ -139,17 +153,29 @@ DESTINATION_STEPS: tuple[Step[Destination], ...] = (
         _D.COMMITTING,
         OWN,
         _D.RUNNING,
-        (_A.SAY_COMMITTING, _A.LET_GO, _A.SAY_RUNNING, _A.SEND_RUNNING),
+        (_A.SAY_COMMITTING, _A.LET_GO, _A.SAY_RUNNING, _A.SEND_RUNNING, _A.NOTE_RUNNING),
     ),
     Step(_D.COMMITTING, FAILURE, _D.ABORTED, (_A.DROP, _A.SAY_ABORTED)),
-    Step(_D.RUNNING, OWN, _D.DONE, (_A.SEND_DONE,)),  # every page is there
-    Step(_D.RUNNING, FAILURE, _D.FAILED),
+    # Every page is there. It is noted first: without keeper and note it would look as if pages were lost.
+    Step(_D.RUNNING, OWN, _D.DONE, (_A.NOTE_DONE, _A.RELEASE, _A.SEND_DONE)),
+    Step(_D.RUNNING, LOST, _D.PAUSED),
+    Step(_D.RUNNING, "resume", _D.PAUSED, (_A.SEND_RESUMED,)),
+    Step(_D.RUNNING, FAILURE, _D.FAILED),  # a page cannot be put in: the worker ends, and another tries again
+    Step(_D.PAUSED, "resume", _D.PAUSED, (_A.SEND_RESUMED,)),
+    Step(_D.PAUSED, "data", _D.RUNNING),
+    Step(_D.PAUSED, OWN, _D.DONE, (_A.NOTE_DONE, _A.RELEASE)),  # it has ended, or unmapped what was missing
+    Step(_D.PAUSED, FAILURE, _D.FAILED),
+    Step(_D.DONE, "resume", _D.DONE, (_A.SEND_DONE,)),  # by the daemon
 )
+# Where a successor begins: it takes over what somebody left who was killed after commit. The source's asks first, as
+# it may have been killed before the commit was sent.
+SOURCE_AGAIN, DESTINATION_AGAIN = Source.COMMIT, Destination.PAUSED
 
 
 def _transitions(states: type[S], steps: Iterable[Step[S]]) -> Mapping[S, frozenset[S]]:
     steps = tuple(steps)
-    return {s: frozenset(step.after for step in steps if step.before is s) for s in states}
+    moves = [(step.before, step.after) for step in steps if step.before is not step.after]
+    return {s: frozenset(after for before, after in moves if before is s) for s in states}
 
 
 SOURCE_TRANSITIONS = _transitions(Source, SOURCE_STEPS)
@@ -163,6 +189,7 @@ class Word(enum.StrEnum):
     ABORTED = "aborted"  # nothing of it was or will be let go
     COMMITTING = "committing"  # it is about to let the process go
     RUNNING = "running"  # it did
+    FORGOTTEN = "forgotten"  # whatever it was, it told a daemon that has ended since
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +211,8 @@ JUDGEMENTS: Mapping[Word, Judgement] = {
     Word.ABORTED: Judgement(Verdict.ABORTED, Verdict.ABORTED, Verdict.ABORTED),
     Word.COMMITTING: Judgement(Verdict.UNKNOWN, Verdict.UNKNOWN, Verdict.RUNNING),
     Word.RUNNING: Judgement(Verdict.RUNNING, Verdict.RUNNING, Verdict.RUNNING),
+    # Nothing follows from what is not there any more: a process that ran may have ended.
+    Word.FORGOTTEN: Judgement(Verdict.UNKNOWN, Verdict.UNKNOWN, Verdict.RUNNING),
 }
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import socket
 import struct
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lazymig.errors import LazymigError, SyscallError
@@ -16,19 +19,112 @@ from lazymig.kernel import program
 _PROGRAM = Path(__file__).with_name("keeper")
 _REQUEST = struct.Struct("=iiQQ")
 _ANSWER = struct.Struct("=ii")
-_MAKE_HUSK, _HOLD, _COMMIT, _RELEASE, _KILL, _EXITED = range(1, 7)
+_KEEP = struct.Struct("=IIII")  # lm_keep
+_MAKE_HUSK, HOLD, _COMMIT, _RELEASE, _KILL, _EXITED, _LISTED = range(1, 8)
+UFFD, CHILD, MEMORY = range(3)
 _TIMEOUT_S = 5.0
+
+
+@dataclass
+class Kept:
+    """What a keeper has held for a worker that died; the descriptors are the receiver's now."""
+
+    uffd: int = -1
+    children: list[int] = field(default_factory=list)  # userfaultfds of forked children, in order
+    memory: int = -1
+
+
+class Listening:
+    """Where a keeper is to be found by the next worker. A context manager: leaving it leaves that to the keeper."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        before = os.umask(0o177)
+        try:
+            with _short(path) as name:
+                self.sock.bind(name)
+            self.sock.listen(4)
+        except OSError as e:
+            self.sock.close()
+            raise LazymigError(e.strerror or str(e), code="cannot-listen", subject=str(path)) from e
+        finally:
+            os.umask(before)
+
+    def __enter__(self) -> Listening:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """The same file by a path that fits into the 108 bytes of a socket's address."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+def dial(path: Path) -> socket.socket | None:
+    """A connection to a SOCK_SEQPACKET socket in the file system; None when nobody listens there."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(_TIMEOUT_S)
+    try:
+        with _short(path) as name:
+            sock.connect(name)
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        return None
+    return sock
 
 
 class Keeper:
     """Starts a keeper. Until `commit` it kills the husk as soon as this object, or this process, is gone."""
 
-    def __init__(self, region_fd: int, courier_fd: int) -> None:
+    def __init__(self, region_fd: int, courier_fd: int, listening: Listening | None = None) -> None:
+        """``listening``: where it waits for another worker when this one dies after commit."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_TIMEOUT_S)
         self._sock = ours
         with theirs:
-            self.process = program.start(_PROGRAM, (theirs.fileno(), region_fd, courier_fd))
+            fds = [theirs.fileno(), region_fd, courier_fd]
+            fds += [] if listening is None else [listening.sock.fileno()]
+            where = [] if listening is None else [str(listening.path.absolute())]
+            self.process: subprocess.Popen[bytes] | None = program.start(_PROGRAM, fds, *where)
+
+    @classmethod
+    def find(cls, path: Path) -> tuple[Keeper, Kept] | None:
+        """The keeper that a worker has left, and all it holds. None: there is none. LazymigError ``in-use``."""
+        sock = dial(path)
+        if sock is None:
+            return None
+        keeper, kept = cls.__new__(cls), Kept()
+        keeper._sock, keeper.process = sock, None
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(sock, _KEEP.size, 1)
+            except OSError as e:
+                raise LazymigError(f"the keeper does not answer: {e}", code="keeper-lost") from e
+            if len(data) != _KEEP.size:
+                raise LazymigError("another worker has this process", code="in-use", subject=str(path))
+            what, role, _, _ = _KEEP.unpack(data)
+            if what == _LISTED:
+                return keeper, kept
+            (fd,) = fds
+            os.set_inheritable(fd, False)
+            if role == CHILD:
+                kept.children.append(fd)
+            elif role == MEMORY:
+                kept.memory = fd
+            else:
+                kept.uffd = fd
+
+    def fileno(self) -> int:
+        """The connection, for C code that sends on it too."""
+        return self._sock.fileno()
 
     def make_husk(self, pid: int, base: int, size: int) -> None:
         """Clones the husk with exactly this pid; LazymigError ``pid-taken`` when the number is in use."""
@@ -43,19 +139,16 @@ class Keeper:
         if got < 0:
             raise SyscallError("clone3 with set_tid", -got, subject=f"pid {pid}")
 
-    def hold(self, fd: int) -> None:
-        """Gives the keeper a duplicate of the userfaultfd to hold."""
-        self._ask(_HOLD, fd=fd)
+    def hold(self, fd: int, role: int = UFFD) -> None:
+        """Gives the keeper a duplicate of the userfaultfd to hold, or of another descriptor."""
+        self._ask(HOLD, role, fd=fd)
 
     def commit(self) -> None:
         """From now on the moved process lives on when this process ends.
 
         Not waited for: the keeper takes messages in order, so this one is heard before the connection's end.
         """
-        try:
-            self._sock.send(_REQUEST.pack(_COMMIT, 0, 0, 0))
-        except OSError as e:
-            raise LazymigError("the keeper ended", code="keeper-lost") from e
+        self._sock.send(_REQUEST.pack(_COMMIT, 0, 0, 0))
 
     def release(self) -> None:
         """The keeper closes what it holds: every page has arrived."""
@@ -68,11 +161,17 @@ class Keeper:
         except LazymigError:
             pass
         self.close()
+        if self.process is None:
+            return
         try:
             self.process.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def ended(self) -> bool:
+        """Whether a keeper that this process has started is gone."""
+        return self.process is not None and self.process.poll() is not None
 
     def close(self) -> None:
         """Closes the connection; before `commit` this ends the husk."""

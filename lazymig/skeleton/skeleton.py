@@ -23,7 +23,7 @@ from lazymig.kernel.ranges import RangeSet
 from lazymig.native import ffi, lib
 from lazymig.process.vmas import TASK_SIZE, Layout
 from lazymig.skeleton import region as rg
-from lazymig.skeleton.keeper import Keeper
+from lazymig.skeleton.keeper import Keeper, Listening
 from lazymig.skeleton.region import SharedRegion
 
 _OPTIONS = ptrace.O_EXITKILL | ptrace.O_TRACECLONE
@@ -53,7 +53,7 @@ def choose_base(taken: RangeSet) -> int:
 class Skeleton:
     """A stopped process with the wanted pid, all of whose threads this process traces."""
 
-    def __init__(self, pid: int, layout: Layout) -> None:
+    def __init__(self, pid: int, layout: Layout, listening: Listening | None = None) -> None:
         self.pid = pid
         self.tids: list[int] = [pid]
         self._made = False  # until then the number may be another process's
@@ -62,7 +62,7 @@ class Skeleton:
         self.region = SharedRegion(choose_base(layout.ranges()))
         self._courier, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            self.keeper = Keeper(self.region.fd, theirs.fileno())
+            self.keeper = Keeper(self.region.fd, theirs.fileno(), listening)
         try:
             self._start()
         except BaseException:
@@ -288,7 +288,7 @@ class Skeleton:
 
     def lost(self) -> LazymigError | None:
         """That the keeper or the husk was killed, if so."""
-        if self.keeper.process.poll() is not None:
+        if self.keeper.ended():
             return LazymigError("the keeper ended", code="keeper-lost", subject=f"pid {self.pid}")
         try:
             with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as f:

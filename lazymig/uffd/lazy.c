@@ -484,6 +484,22 @@ uint64_t lm_lazy_wanted(lm_lazy *z, uint64_t *addr, uint64_t end)
 	return n;
 }
 
+void lm_lazy_look(lm_lazy *z)
+{
+	size_t i;
+
+	lm_lock_bulk(z);
+	for (i = 0; i < z->nspaces; i++) {
+		lm_space *s = z->space[i];
+
+		/* Nothing is registered down there: ENOMEM only tells that the address space is gone. */
+		if (s->uffd >= 0 && lm_uffd_unregister(s->uffd, LM_PAGE, LM_PAGE) == ENOMEM)
+			lm_space_drop(z, s);
+	}
+	lm_tell_if_done(z);
+	lm_unlock_bulk(z);
+}
+
 void lm_lazy_get_stats(lm_lazy *z, lm_lazy_stats *out)
 {
 	lm_lock_bulk(z);

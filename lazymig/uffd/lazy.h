@@ -59,6 +59,8 @@ uint64_t lm_lazy_pending(lm_lazy *z, lm_range *out, uint64_t room);
 /* How many pages in a row from *addr on are pending in some space, all below `end`; *addr is moved to the first such
  * page. 0: there is none. */
 uint64_t lm_lazy_wanted(lm_lazy *z, uint64_t *addr, uint64_t end);
+/* Gives up the pages of address spaces that have ended: while no page comes, nothing else tells of that. */
+void lm_lazy_look(lm_lazy *z);
 void lm_lazy_get_stats(lm_lazy *z, lm_lazy_stats *out);
 /* Takes the registrations off all areas. Only when nothing is pending, or whoever runs there is to be killed. */
 void lm_lazy_unregister(lm_lazy *z);

@@ -59,6 +59,7 @@ class LazyMemory:
             os.close(self._done_fd)
             raise SyscallError("epoll_create1", ffi.errno, subject="lazy memory")
         self._thread: threading.Thread | None = None
+        self.record: object = None  # what the table writes to must not go away before it
         if fault_sock is not None:
             self.attach(fault_sock)
 
@@ -161,11 +162,14 @@ class LazyMemory:
             hint=f"{s.remaining} pages are pending; threads wait",
         )
 
-    async def wait_done(self) -> None:
-        """Returns when no page is pending. PeerLostError when the fault connection ended before; then ``attach``."""
+    async def wait_done(self, *, connected: bool = True) -> None:
+        """Returns when no page is pending. PeerLostError when the fault connection ended before; then ``attach``.
+
+        ``connected`` False: without such a connection, as pages also go when their process ends or unmaps them.
+        """
         while True:
             error = self.error()
-            if error is not None:
+            if error is not None and (connected or not isinstance(error, (PeerLostError, ProtocolError))):
                 raise error
             if not self.remaining:
                 return
@@ -174,6 +178,10 @@ class LazyMemory:
                 os.eventfd_read(self._done_fd)
             except BlockingIOError:
                 await trio.lowlevel.checkpoint()
+
+    def look(self) -> None:
+        """Finds out which processes have ended: their pages are not pending any more."""
+        lib.lm_lazy_look(self.table)
 
     def close(self, *, abandon: bool = False) -> None:
         """Lets go of the process: unregisters all areas, then ends the loop. Again is allowed.

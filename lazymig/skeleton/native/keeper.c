@@ -2,10 +2,12 @@
  * The keeper: a tiny process that is the parent of the moved process. It makes the husk, holds the userfaultfd
  * (so that a thread that needs a missing page waits, and never reads zeroes, when the worker dies), and reaps.
  *
- *   keeper CONTROL REGION COURIER        (descriptor numbers)
+ *   keeper CONTROL REGION COURIER [LISTEN PATH]        (descriptor numbers; where LISTEN is bound)
  *
  * CONTROL is a SOCK_SEQPACKET socket; every request is one `struct request` and is answered by one
- * `struct answer`. When it closes before COMMIT, the husk is killed: nothing of it stays on this host.
+ * `struct answer`. When it closes before COMMIT, the husk is killed: nothing of it stays on this host. When it closes
+ * afterwards and before RELEASE, the next worker may connect to LISTEN: it is given all that is held, and goes on
+ * from there as the one before.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,17 +22,25 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { MAKE_HUSK = 1, HOLD = 2, COMMIT = 3, RELEASE = 4, KILL = 5, EXITED = 6 };
+enum { MAKE_HUSK = 1, HOLD = 2, COMMIT = 3, RELEASE = 4, KILL = 5, EXITED = 6, LISTED = 7 };
+/* What is held: the process's userfaultfd, that of a forked child, and the memory with the record of pages. */
+enum { UFFD = 0, CHILD = 1, MEMORY = 2 };
 
 struct request {
-	int32_t what, pid;
+	int32_t what, pid;   /* HOLD: the role of the descriptor instead of a pid */
 	uint64_t base, size; /* MAKE_HUSK: where the region goes */
+};
+
+/* lm_keep of uffd/lazy_record.h: a HOLD that is not answered, and what a new worker is told. */
+struct keep {
+	uint32_t what, role, tag, pad;
 };
 
 struct answer {
@@ -41,7 +51,15 @@ struct answer {
 extern const ptrdiff_t __rseq_offset;
 extern const unsigned int __rseq_size;
 
-static int control, region, courier, held = -1;
+struct held {
+	uint32_t role;
+	int fd;
+};
+
+static int control, region, courier, listener = -1;
+static const char *path;
+static struct held *held;
+static size_t nheld, room;
 
 /*
  * The husk: its memory is replaced by the tracer, so all it does is to give up what would outlive that (rseq
@@ -87,21 +105,119 @@ static void answer(int32_t what, int32_t value)
 	send(control, &a, sizeof a, MSG_NOSIGNAL);
 }
 
-/* Receives a request and, with HOLD, a descriptor. Returns 0 when the other end is gone. */
-static int receive(struct request *q)
+static void hold(uint32_t role, int fd)
 {
-	char room[CMSG_SPACE(sizeof(int))];
+	size_t i;
+
+	/* There is one of these; a new one takes the place of the old. */
+	for (i = 0; role != CHILD && i < nheld; i++)
+		if (held[i].role == role) {
+			close(held[i].fd);
+			held[i].fd = fd;
+			return;
+		}
+	if (nheld == room) {
+		struct held *p = realloc(held, (room ? 2 * room : 8) * sizeof(*held));
+
+		if (!p) {
+			/* The descriptor stays open, so nobody reads zeroes, but no other worker can have it. */
+			return;
+		}
+		held = p;
+		room = room ? 2 * room : 8;
+	}
+	held[nheld++] = (struct held){role, fd};
+}
+
+static void stop_listening(void)
+{
+	if (listener < 0)
+		return;
+	unlink(path);
+	close(listener);
+	listener = -1;
+}
+
+static void release(void)
+{
+	while (nheld)
+		close(held[--nheld].fd);
+	stop_listening();
+}
+
+/* Receives a request, or a keep, which is shorter; `fd` is what came with it, or -1. Returns the size, 0 when the other
+ * end is gone. */
+static size_t receive(struct request *q, int *fd)
+{
+	union {
+		struct cmsghdr align;
+		char room[CMSG_SPACE(sizeof(int))];
+	} in;
 	struct iovec v = {q, sizeof *q};
-	struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof room};
+	struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = &in, .msg_controllen = sizeof in};
 	ssize_t n = recvmsg(control, &m, MSG_CMSG_CLOEXEC);
 	struct cmsghdr *c = n > 0 ? CMSG_FIRSTHDR(&m) : NULL;
 
-	if (c && c->cmsg_type == SCM_RIGHTS) {
-		if (held >= 0)
-			close(held);
-		memcpy(&held, CMSG_DATA(c), sizeof held);
+	*fd = -1;
+	if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
+		memcpy(fd, CMSG_DATA(c), sizeof *fd);
+	return n == sizeof *q || n == sizeof(struct keep) ? (size_t)n : 0;
+}
+
+static int pass_on(int to, const struct keep *k, int fd)
+{
+	union {
+		struct cmsghdr align;
+		char room[CMSG_SPACE(sizeof(int))];
+	} out = {0};
+	struct iovec v = {(void *)k, sizeof *k};
+	struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
+
+	if (fd >= 0) {
+		struct cmsghdr *c;
+
+		m.msg_control = &out;
+		m.msg_controllen = sizeof out;
+		c = CMSG_FIRSTHDR(&m);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(c), &fd, sizeof fd);
 	}
-	return n == sizeof *q;
+	return sendmsg(to, &m, MSG_NOSIGNAL) == sizeof *k ? 0 : -1;
+}
+
+/* Gives a new worker all that is held; -1 when it went away. */
+static int hand_over(int to)
+{
+	struct keep end = {LISTED, 0, (uint32_t)nheld, 0};
+	size_t i;
+
+	for (i = 0; i < nheld; i++) {
+		struct keep k = {HOLD, held[i].role, 0, 0};
+
+		if (pass_on(to, &k, held[i].fd))
+			return -1;
+	}
+	return pass_on(to, &end, -1);
+}
+
+/* Not before commit: the husk would inherit it. */
+static void settle_in(void)
+{
+	struct rlimit files;
+	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+
+	/* It is small, and whoever kills it breaks the process it keeps. */
+	if (fd >= 0) {
+		if (write(fd, "-900", 4) < 0)
+			errno = 0;
+		close(fd);
+	}
+	if (!getrlimit(RLIMIT_NOFILE, &files)) {
+		files.rlim_cur = files.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &files);
+	}
 }
 
 int main(int argc, char **argv)
@@ -110,11 +226,16 @@ int main(int argc, char **argv)
 	int committed = 0, status, connected = 1, last = 0;
 	sigset_t all, chld;
 
-	if (argc != 4)
+	if (argc != 4 && argc != 6)
 		return 2;
 	control = atoi(argv[1]);
 	region = atoi(argv[2]);
 	courier = atoi(argv[3]);
+	if (argc == 6) {
+		listener = atoi(argv[4]);
+		path = argv[5];
+		fcntl(listener, F_SETFD, FD_CLOEXEC);
+	}
 	prctl(PR_SET_NAME, "lazymig-keeper");
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	setsid();
@@ -126,12 +247,16 @@ int main(int argc, char **argv)
 	int children = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK);
 
 	for (;;) {
-		struct pollfd p[2] = {{children, POLLIN, 0}, {connected ? control : -1, POLLIN, 0}};
+		struct pollfd p[3] = {{children, POLLIN, 0},
+				      {connected ? control : -1, POLLIN, 0},
+				      {committed ? listener : -1, POLLIN, 0}};
 		struct signalfd_siginfo si;
-		struct request q;
+		struct request q = {0};
+		size_t got;
 		pid_t pid;
+		int fd;
 
-		if (poll(p, 2, -1) < 0 && errno != EINTR)
+		if (poll(p, 3, -1) < 0 && errno != EINTR)
 			return 1;
 		while (read(children, &si, sizeof si) > 0)
 			;
@@ -140,26 +265,43 @@ int main(int argc, char **argv)
 				continue;
 			last = status;
 			child = 0;
-			if (held >= 0)
-				close(held);
-			held = -1;
 			if (connected)
 				answer(EXITED, status);
 		}
 		/* Children of the moved process that outlive it are reaped too; the last one ends the keeper. */
-		if (pid < 0 && errno == ECHILD && (committed || !connected))
+		if (pid < 0 && errno == ECHILD && (committed || !connected)) {
+			stop_listening();
 			return WIFEXITED(last) ? WEXITSTATUS(last) : 128 + WTERMSIG(last);
+		}
+		if (p[2].revents) {
+			int next = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+
+			if (next >= 0 && (connected || hand_over(next))) {
+				close(next); /* there is a worker already */
+			} else if (next >= 0) {
+				control = next;
+				connected = 1;
+			}
+			continue;
+		}
 		if (!(p[1].revents & (POLLIN | POLLHUP | POLLERR)))
 			continue;
-		if (!receive(&q)) {
+		got = receive(&q, &fd);
+		if (!got) {
 			connected = 0;
 			close(control);
 			if (!committed && child)
 				kill(child, SIGKILL);
-			if (!child)
+			if (!child && !committed) {
+				stop_listening();
 				return 0;
+			}
 			continue;
 		}
+		if (q.what == HOLD && fd >= 0)
+			hold((uint32_t)q.pid, fd);
+		if (got != sizeof q)
+			continue;
 		int32_t value = 0;
 		switch (q.what) {
 		case MAKE_HUSK:
@@ -171,11 +313,10 @@ int main(int argc, char **argv)
 			committed = 1;
 			close(region);
 			close(courier);
+			settle_in();
 			break;
 		case RELEASE:
-			if (held >= 0)
-				close(held);
-			held = -1;
+			release();
 			break;
 		case KILL:
 			if (child)

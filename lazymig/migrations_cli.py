@@ -1,0 +1,74 @@
+"""`lazymig migrations`: what this host has under way. Parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lazymig import report
+from lazymig.migrate import options as opt
+from lazymig.migrate import registry
+
+_MEANS = {
+    "rounds": "copying while it runs here",
+    "receiving": "coming in",
+    "serve": "runs over there, its pages are here",
+    "running": "runs here, pages are missing",
+    "paused": "runs at the destination; the two hosts are not connected",
+    "done": "all is here; the source has not confirmed it",
+}
+
+
+def _under_way(directory: Path | None) -> list[dict[str, Any]]:
+    where = (
+        [directory] if directory is not None else sorted(p for p in opt.STATE_ROOT.glob("*") if p.is_dir())
+    )
+    found = []
+    for e in (e for d in where for e in registry.entries(d)):
+        left, total = int(e.get("left", 0)), int(e.get("total", 0))
+        found.append(
+            {
+                "id": e["id"],
+                "role": str(e.get("role", "")),
+                "state": str(e.get("state", "")) if e["alive"] or e.get("state") == "done" else "unattended",
+                "peer": str(e.get("peer", "")),
+                "pid": int(e.get("pid", 0)),
+                "pages_left": left,
+                "pages_total": total,
+                "since_s": max(0.0, time.time() - float(e.get("since", 0))),
+            }
+        )
+    return found
+
+
+@click.command()
+@click.option(
+    "--state-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help=f"Only what one daemon keeps there.  [default: all of {opt.STATE_ROOT}]",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a migration instead of text.")
+def migrations(state_dir: Path | None, as_json: bool) -> None:
+    """List the migrations that this host has under way, as source or as destination.
+
+    `unattended`: the process that saw to it has ended. On the destination a daemon that is started with the same
+    state directory goes on with it; on the source the original stays stopped, with its pages.
+    """
+    found = _under_way(state_dir)
+    for e in found:
+        if as_json:
+            click.echo(json.dumps(e))
+            continue
+        pages = f", {e['pages_left']:,} of {e['pages_total']:,} pages left" if e["pages_total"] else ""
+        means = _MEANS.get(e["state"], "nobody sees to it")
+        who = "to" if e["role"] == "source" else "from"
+        click.echo(
+            f"{report.clean(e['id'])}  pid {e['pid']} {who} {report.clean(e['peer'])}: {report.clean(e['state'])} for "
+            f"{e['since_s']:.0f} s ({means}){pages}"
+        )
+    if not found and not as_json:
+        click.echo("no migration is under way")

@@ -1,0 +1,323 @@
+"""After commit: links that are cut, and parts that are killed. The moved program is the judge."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+
+import pytest
+from harness import descriptors, goes_on, moved, settled, wait_for
+
+from lazymig.demo.hosts import DEVNULL
+from lazymig.demo.moves import COMMAND, Command, Daemon
+from lazymig.migrate.channel import encode
+
+SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "16M", "--link-timeout", "2s")
+
+
+def lazy_writer(pair, *options):
+    """A writer that needs few of its pages, so that many are missing for long."""
+    return pair.writer("--mib", "32", "--pages-per-tick", "1", "--log", "4096", *options)
+
+
+def finished(pair, writer, running):
+    """The migration ends well, every page is right, and nothing of it stays on the source."""
+    move = moved(running.finish(60))
+    writer.host = pair.destination
+    goes_on(writer)
+    settled(pair.source)
+    return move
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_connections_that_are_reset(pair, side):
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        running.until("running", 60)
+        for _ in range(3):
+            time.sleep(0.3)
+            where = pair.source if side == "source" else pair.destination
+            expression = ["dst", ":7077"] if side == "source" else ["sport", "=", ":7077"]
+            where.run(["ss", "-t", "-K", *expression], check=True)
+        move = finished(pair, writer, running)
+    assert move.number("pauses") >= 1
+
+
+def test_a_link_that_is_cut_without_a_word(pair):
+    """Neither side is told; both find out, wait, and go on when packets cross again."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        running.until("running", 60)
+        pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)
+        pair.destination.kill(writer.pid, signal.SIGUSR2)  # it looks through all of its memory, and so waits
+        paused = running.until("paused", 30)
+        assert paused["left"] > 0
+        time.sleep(0.5)
+        text = pair.tmp.joinpath("writer").read_text().splitlines()[-1]
+        assert '"event":"started"' in text, f"it verified memory that nobody could have sent: {text}"
+        pair.source.run(["ip", "link", "set", "eth0", "up"], check=True)
+        move = finished(pair, writer, running)
+    assert move.number("pauses") >= 1
+
+
+def test_a_link_that_is_away_for_a_moment(pair):
+    """Shorter than the bound: nobody needs to notice."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        running.until("running", 60)
+        pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)
+        time.sleep(0.2)
+        pair.source.run(["ip", "link", "set", "eth0", "up"], check=True)
+        finished(pair, writer, running)
+
+
+def parts(pair):
+    """(daemon, spawner, workers, keepers): the pids on the destination."""
+    daemon = pair.daemon.program.pid
+    found = {"daemon": {daemon}, "worker": set(), "keeper": set()}
+    for pid in pair.destination.pids():
+        here = pair.destination.proc / str(pid)
+        try:
+            if (here / "comm").read_text() == "lazymig-keeper\n":
+                found["keeper"].add(pid)
+            elif pid in pair.known() and any(
+                "userfaultfd" in n for n in descriptors(pair.destination, pid).values()
+            ):
+                found["worker"].add(pid)
+        except OSError:
+            continue
+    return found
+
+
+def half_way(pair, writer, running):
+    running.until("running", 60)
+    time.sleep(0.3)
+    writer.host = pair.destination
+
+
+def test_a_worker_that_is_killed_has_a_successor(pair):
+    writer = lazy_writer(pair, "--churn")
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        for _ in range(2):
+            (worker,) = parts(pair)["worker"]
+            pair.destination.kill(worker)
+            running.until("resumed", 30)
+        move = finished(pair, writer, running)
+    assert move.number("pauses") >= 2
+
+
+@pytest.mark.parametrize("who", ["daemon", "daemon and worker"])
+def test_a_daemon_started_again_goes_on(pair, who):
+    """The new daemon finds the worker that lives on, or the keeper of the one that does not."""
+    writer = lazy_writer(pair, "--churn")
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon,
+    ):
+        pair.daemon = daemon
+        with pair.start_move(writer.pid, *SLOWLY) as running:
+            half_way(pair, writer, running)
+            family = parts(pair)
+            pair.destination.kill(daemon.program.pid)
+            if "worker" in who:
+                for pid in family["worker"]:
+                    pair.destination.kill(pid)
+                running.until("paused", 30)
+            else:
+                pair.source.run(["ss", "-t", "-K", "dst", ":7078"], check=True)
+            daemon.program.wait(10)
+            with Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon:
+                running.until("resumed", 30)
+                finished(pair, writer, running)
+
+
+@contextlib.contextmanager
+def state_directory():
+    with tempfile.TemporaryDirectory(prefix="lazymig-") as path:
+        yield "--state-dir", path
+
+
+def under_way(host, *arguments):
+    """What `lazymig migrations` says in a host."""
+    done = host.run([*COMMAND, "migrations", "--json", *arguments], check=True, cwd="/")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_both_hosts_list_what_they_have_under_way(pair):
+    writer = lazy_writer(pair)
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon,
+    ):
+        pair.daemon = daemon
+        assert under_way(pair.destination, *state) == []
+        with pair.start_move(writer.pid, *SLOWLY) as running:
+            half_way(pair, writer, running)
+            pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)
+            running.until("paused", 30)
+            (ours,) = [m for m in under_way(pair.source) if m["role"] == "source" and m["peer"] == daemon.to]
+            assert ours["pid"] == writer.pid
+            assert ours["state"] == "paused"
+            assert 0 < ours["pages_left"] <= ours["pages_total"]
+            (theirs,) = under_way(pair.destination, *state)
+            assert (theirs["id"], theirs["role"], theirs["pid"]) == (ours["id"], "destination", writer.pid)
+            assert theirs["state"] in ("running", "paused")  # each finds out by itself
+            pair.source.run(["ip", "link", "set", "eth0", "up"], check=True)
+            finished(pair, writer, running)
+        wait_for("nothing is listed", lambda: under_way(pair.destination, *state) == [])
+        assert ours["id"] not in {m["id"] for m in under_way(pair.source)}
+
+
+def test_a_worker_that_is_stuck_is_noticed(pair):
+    """Its connections are there, and it says nothing: the source says so, and goes on when it does."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        (worker,) = parts(pair)["worker"]
+        pair.destination.kill(worker, signal.SIGSTOP)
+        paused = running.until("paused", 30)
+        assert "says nothing" in paused["error"]["message"]
+        pair.destination.kill(worker, signal.SIGCONT)
+        finished(pair, writer, running)
+
+
+def test_a_process_that_ends_while_nobody_serves_it(pair):
+    """It lacks pages, its daemon is gone, and it is killed: the original ends too, as nobody needs it."""
+    writer = lazy_writer(pair)
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon,
+    ):
+        pair.daemon = daemon
+        with pair.start_move(writer.pid, *SLOWLY) as running:
+            half_way(pair, writer, running)
+            for pid in (daemon.program.pid, *parts(pair)["worker"]):
+                pair.destination.kill(pid)
+            pair.destination.kill(writer.pid)
+            daemon.program.wait(10)
+            with Daemon(pair.destination, pair.destination.address, *state, port=7078):
+                moved(running.finish(60))
+    settled(pair.source)
+
+
+def test_a_keeper_that_is_killed_too_is_told_of(pair):
+    """Then the pages cannot be put in any more: nobody claims otherwise, and the original stays."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        family = parts(pair)
+        for pid in (*family["keeper"], *family["worker"]):
+            pair.destination.kill(pid)
+        warning = running.until("warning", 30)
+        while "pages-lost" not in warning["text"]:
+            warning = running.until("warning", 30)
+        assert pair.source.alive(writer.pid)
+
+
+def test_others_cannot_take_a_migration_over(pair):
+    writer = lazy_writer(pair)
+    hello = {"t": "hello", "version": 1, "role": "resume", "epoch": 1, "streams": 1, "secret": "0" * 32}
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, port=7078) as daemon,
+    ):
+        pair.daemon = daemon
+        with pair.start_move(writer.pid, *SLOWLY) as running:
+            half_way(pair, writer, running)
+            (theirs,) = under_way(pair.destination, *state)
+            frame = encode({**hello, "id": theirs["id"]})
+            script = f"import socket; s = socket.create_connection(('{pair.destination.address}', 7078)); "
+            script += f"s.sendall(bytes.fromhex('{frame.hex()}')); print(s.recv(4096))"
+            done = pair.source.run([sys.executable, "-c", script], check=True)
+            assert "unknown-migration" in done.stdout
+            move = finished(pair, writer, running)
+    assert move.number("pauses") == 0
+
+
+def test_a_directory_that_others_may_enter_is_refused(pair):
+    with state_directory() as (option, path):
+        os.chmod(path, 0o755)
+        command = [*COMMAND, "lazy-pages", "--listen", "127.0.0.1:7079", option, path]
+        done = pair.destination.run(command, cwd="/")
+    assert done.returncode == 1
+    assert "unsafe-directory" in done.stderr
+
+
+def test_an_engine_that_is_killed_is_resumed(pair):
+    """The original stays stopped meanwhile; whoever resumes needs to know nothing but the number."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        for pid in pair.source.pids():
+            if pid != writer.pid:
+                pair.source.kill(pid)
+    (left,) = [m for m in under_way(pair.source) if (m["pid"], m["peer"]) == (writer.pid, pair.daemon.to)]
+    assert left["state"] == "unattended"
+    assert pair.source.alive(writer.pid)
+    with Command(pair.source, "migrate", "--resume", left["id"], "--json") as resumed:
+        done = resumed.until("done", 60)
+        assert done["pid"] == writer.pid
+        assert resumed.program.wait(20) == 0
+    goes_on(writer)
+    settled(pair.source)
+    assert left["id"] not in {m["id"] for m in under_way(pair.source)}
+    with Command(pair.source, "migrate", "--resume", left["id"], "--json") as again:
+        assert again.until("failed", 20)["error"]["code"] == "unknown-migration"
+
+
+FORKING = """
+import os, signal, sys
+pages = 6144
+memory = bytearray(b"".join(i.to_bytes(8, "little") * 512 for i in range(pages)))
+
+def check(who):
+    bad = [i for i in range(pages) if memory[i * 4096 : (i + 1) * 4096] != i.to_bytes(8, "little") * 512]
+    with open(sys.argv[1], "a") as f:
+        f.write(f"{who} {len(bad)}\\n")
+
+def fork(*_):
+    if os.fork() == 0:
+        signal.pause()
+        check("child")
+        os._exit(0)
+    with open(sys.argv[1], "a") as f:
+        f.write("forked\\n")
+
+signal.signal(signal.SIGUSR1, fork)
+signal.signal(signal.SIGUSR2, lambda *_: check("parent"))
+signal.signal(signal.SIGTERM, lambda *_: None)
+open(sys.argv[1], "w").close()
+while True:
+    signal.pause()
+"""
+
+
+def test_children_are_taken_over_too(pair):
+    """A child that was forked while pages were missing lacks them as well, and its userfaultfd is another one."""
+    out = pair.tmp / "out"
+    program = pair.source.popen([sys.executable, "-c", FORKING, str(out)], stdout=DEVNULL, stderr=DEVNULL)
+    wait_for("the program", out.exists)
+    with pair.start_move(program.pid, *SLOWLY, "--bandwidth-limit", "8M") as running:
+        running.until("running", 60)
+        pair.destination.kill(program.pid, signal.SIGUSR1)
+        wait_for("the fork", lambda: "forked" in out.read_text())
+        (child,) = children(pair.destination, program.pid)
+        (worker,) = parts(pair)["worker"]
+        pair.destination.kill(worker)
+        pair.destination.kill(child, signal.SIGTERM)
+        pair.destination.kill(program.pid, signal.SIGUSR2)
+        move = moved(running.finish(60))
+    assert move.number("pauses") >= 1
+    wait_for(
+        "both to look", lambda: sorted(out.read_text().split("\n")) == ["", "child 0", "forked", "parent 0"]
+    )
+
+
+def children(host, pid):
+    return [int(n) for n in (host.proc / str(pid) / "task" / str(pid) / "children").read_text().split()]
