@@ -4,7 +4,7 @@
 
 Two isolated hosts on this machine over a veth pair; a real criu dump --lazy-pages is the source for both daemons.
 *drain*: a quiet process of 1 GiB, from its first page to its last. *touch*: a process of
-256 MiB that reads its pages in random order, each once, over a link with a round trip of 1 or 5 ms (bench/relay.py),
+256 MiB that reads its pages in random order, each once, over a link with a round trip of 1 or 5 ms (bench/relay.c),
 by the process's own clock. The process checks every byte. Medians; memory is warmed before each run. Exit status 1
 when a ratio is below its limit.
 """
@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,10 +28,9 @@ from rich.table import Table
 
 from bench import criu_package as criu
 from bench.machine import machine
+from bench.programs import program
 from lazymig.demo.hosts import PIPE, Host, Program, two_hosts
 from lazymig.demo.writer import warm_memory
-
-HERE = Path(__file__).resolve().parent
 
 # name: MiB, round trip in ms (None: no relay), touched by the process, least ratio
 KINDS: dict[str, tuple[int, float | None, bool, float]] = {
@@ -69,15 +67,6 @@ def wait_until(what: str, condition: Callable[[], object], pause: float = 0.002)
         if time.monotonic() > end:
             raise SystemExit(f"{what}: not within {DEADLINE_S} s")
         time.sleep(pause)
-
-
-@contextmanager
-def compiled() -> Iterator[Path]:
-    """The toucher's program."""
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "toucher"
-        subprocess.run(["gcc", "-O2", "-static", "-o", out, HERE / "toucher.c"], check=True)
-        yield out
 
 
 class Filling(threading.Thread):
@@ -161,16 +150,14 @@ class Run:
     def _start_relay(self, stack: ExitStack) -> int:
         if self.rtt_ms is None:
             return DUMP_PORT
-        near, far = (f"{self.source.address}:{port}" for port in (RELAY_PORT, DUMP_PORT))
+        address = self.source.address
         words = [
-            sys.executable,
-            str(HERE / "relay.py"),
-            "--listen",
-            near,
-            "--to",
-            far,
-            "--rtt-ms",
-            str(self.rtt_ms),
+            str(program("relay")),
+            address,
+            str(RELAY_PORT),
+            address,
+            str(DUMP_PORT),
+            f"{self.rtt_ms * 1e3:.0f}",
         ]
         relay = stack.enter_context(self.source.popen(words, stdout=PIPE))
         assert relay.stdout is not None
@@ -207,7 +194,8 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(stderr=options.json, highlight=False)
     results = []
-    with compiled() as toucher, criu.unlimited_pipes():
+    toucher = program("toucher")
+    with criu.unlimited_pipes():
         for kind in options.only:
             result = Result(kind, KINDS[kind][3])
             for i in range(options.runs):

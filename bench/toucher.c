@@ -1,10 +1,15 @@
 /*
- * The program that bench/dropin.py moves: fills memory, waits for a file to appear, then reads every page, in an order
- * that looks random, and checks all of it.
+ * A program to be moved: fills memory, waits for a file to appear, then reads every page, in an order that looks
+ * random, and checks all of it.
  *
  *   toucher MIB OUT GO
  *
- * It writes lines to OUT: "ready"; and at the end, "TOUCHED nanoseconds wrong-pages".
+ * It writes lines to OUT: "ready"; "WAITED" with the times of the first touches of pages as a histogram, of which
+ * number i counts those below 2^i ns and not below half of that, and with their quantiles (below); and at the end,
+ * "TOUCHED nanoseconds wrong-pages".
+ *
+ * A touch that took less than WAITED_NS found its page there. The quantiles are of the others: how many there were,
+ * then p50, p99 and p99.9 in nanoseconds.
  */
 #include <fcntl.h>
 #include <stdint.h>
@@ -14,6 +19,8 @@
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+
+enum { WAITED_NS = 4000, BUCKETS = 40 };
 
 static uint64_t mix(uint64_t x)
 {
@@ -48,10 +55,44 @@ static uint64_t shuffled(uint64_t i, uint64_t pages, unsigned int bits)
 	return i * 0xc2b2ae35u & (pages - 1);
 }
 
+static int ascending(const void *a, const void *b)
+{
+	const uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+/* `took`: of every page, up to 4 s each. */
+static void tell_times(const char *out, uint32_t *took, uint64_t pages)
+{
+	static const double wanted[] = {0.5, 0.99, 0.999};
+	uint64_t count[BUCKETS] = {0}, i, waited = 0;
+	char line[2000] = "WAITED";
+	size_t at = strlen(line);
+
+	for (i = 0; i < pages; i++) {
+		unsigned int slot = took[i] ? 32 - (unsigned int)__builtin_clz(took[i]) : 0;
+
+		count[slot]++;
+		if (took[i] >= WAITED_NS)
+			took[waited++] = took[i];
+	}
+	qsort(took, waited, sizeof(*took), ascending);
+	for (i = 0; i < BUCKETS; i++)
+		at += (size_t)snprintf(line + at, sizeof(line) - at, " %llu", (unsigned long long)count[i]);
+	at += (size_t)snprintf(line + at, sizeof(line) - at, " : %llu", (unsigned long long)waited);
+	for (i = 0; i < 3; i++)
+		at += (size_t)snprintf(line + at, sizeof(line) - at, " %u",
+				       waited ? took[(uint64_t)(wanted[i] * (double)(waited - 1))] : 0);
+	snprintf(line + at, sizeof(line) - at, "\n");
+	say(out, line);
+}
+
 int main(int argc, char **argv)
 {
 	const struct timespec pause = {0, 2000000};
 	uint64_t pages, i, k, begin, wrong = 0, *memory;
+	uint32_t *took;
 	unsigned int bits = 0;
 	char line[100];
 
@@ -61,7 +102,8 @@ int main(int argc, char **argv)
 	while (1ull << (bits + 1) <= pages)
 		bits++;
 	memory = mmap(NULL, pages << 12, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (memory == MAP_FAILED || pages != 1ull << bits)
+	took = mmap(NULL, pages * sizeof(*took), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED || took == MAP_FAILED || pages != 1ull << bits)
 		return 1;
 	for (i = 0; i < pages; i++)
 		for (k = 0; k < 512; k++)
@@ -71,14 +113,18 @@ int main(int argc, char **argv)
 		nanosleep(&pause, NULL);
 	begin = now();
 	for (i = 0; i < pages; i++) {
-		uint64_t page = shuffled(i, pages, bits), bad = 0;
+		uint64_t page = shuffled(i, pages, bits), bad = 0, started = now(), ns;
 
+		(void)*(volatile uint64_t *)(memory + page * 512);
+		ns = now() - started;
+		took[i] = ns < UINT32_MAX ? (uint32_t)ns : UINT32_MAX;
 		for (k = 0; k < 512; k++)
 			bad |= memory[page * 512 + k] ^ mix(page * 512 + k + 1);
 		wrong += bad != 0;
 	}
-	snprintf(line, sizeof(line), "TOUCHED %llu %llu\n", (unsigned long long)(now() - begin),
-		 (unsigned long long)wrong);
+	begin = now() - begin;
+	tell_times(argv[2], took, pages);
+	snprintf(line, sizeof(line), "TOUCHED %llu %llu\n", (unsigned long long)begin, (unsigned long long)wrong);
 	say(argv[2], line);
 	for (;;)
 		sleep(1000);

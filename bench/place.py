@@ -1,0 +1,70 @@
+"""The two hosts of a measurement, and the link between them as the scenario wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.programs import program
+from bench.scenarios import Link
+from lazymig.demo.hosts import PIPE, Host, two_hosts
+
+RELAY_OFFSET = 100  # a port's relay listens at the port that is so much higher
+
+
+class BenchError(Exception):
+    """A measurement failed: a wrong byte, a move that did not succeed, a program that did not answer."""
+
+
+@dataclass
+class Place:
+    """A source and a destination, and what is started there for as long as the measurement lasts."""
+
+    source: Host
+    destination: Host
+    link: Link
+    tmp: Path
+    stack: ExitStack
+
+    def through(self, near: Host, far: Host, port: int) -> tuple[str, int]:
+        """The address by which programs of ``near`` reach ``port`` of ``far``: the far one, or a relay's."""
+        if not self.link.rtt_ms:
+            return far.address, port
+        listen = (near.address, port + RELAY_OFFSET)
+        words = [
+            str(n) for n in (program("relay"), *listen, far.address, port, round(self.link.rtt_ms * 1e3))
+        ]
+        relay = self.stack.enter_context(near.popen(words, stdout=PIPE))
+        assert relay.stdout is not None
+        relay.stdout.readline()
+        return listen
+
+    def wire_bytes(self) -> int:
+        """What has crossed the veth pair so far, in both directions, headers and all."""
+        for line in Path(f"/proc/{self.source.init_pid}/net/dev").read_text().splitlines():
+            name, _, numbers = line.partition(":")
+            if name.strip() == "eth0":
+                words = numbers.split()
+                return int(words[0]) + int(words[8])
+        return 0
+
+
+def shape(host: Host, device: str, rate: str) -> None:
+    """Limits what a host sends to ``rate`` by HTB."""
+    for words in (
+        ["qdisc", "replace", "dev", device, "root", "handle", "1:", "htb", "default", "1"],
+        ["class", "replace", "dev", device, "parent", "1:", "classid", "1:1", "htb", "rate", rate],
+    ):
+        host.run(["tc", *words], check=True)
+
+
+@contextmanager
+def place(link: Link, tmp: Path) -> Iterator[Place]:
+    """Two fresh hosts joined by this link."""
+    with two_hosts() as (source, destination), ExitStack() as stack:
+        if link.rate:
+            for host in (source, destination):
+                shape(host, "eth0", link.rate)
+        yield Place(source, destination, link, tmp, stack)
