@@ -51,7 +51,7 @@ def test_it_finds_nothing_wrong_when_nothing_is(host, tmp_path):
     assert writer.program.wait(30) == 0
 
 
-@pytest.mark.parametrize("pattern", ["random", "seq", "hot", "zero"])
+@pytest.mark.parametrize("pattern", ["random", "seq", "hot", "zero", "text"])
 def test_patterns(host, tmp_path, pattern):
     writer = Writer(host, tmp_path / "out", "--mib", "4", "--pattern", pattern)
     goes_on(writer, 0.3)

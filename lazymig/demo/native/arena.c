@@ -14,12 +14,19 @@ static u64 writer_of(u64 version, u64 slot)
 	return version > back ? version - back : 0;
 }
 
-void arena_fill(u64 *page, u64 key, u64 version)
+/* In the pattern `text` middle words are alike in runs of 32, so a page compresses well until it was written often. */
+static u64 middle(const struct arena *a, u64 key, u64 version, u64 slot)
+{
+	return mix(key, version, a->pattern == TEXT ? slot | 31 : slot);
+}
+
+/* One page as it is after `version` writes. */
+static void arena_fill(const struct arena *a, u64 *page, u64 key, u64 version)
 {
 	for (u64 i = 0; i < HEAD; i++)
 		page[i] = mix(key, version, i);
 	for (u64 i = HEAD; i < LAST; i++)
-		page[i] = mix(key, writer_of(version, i), i);
+		page[i] = middle(a, key, writer_of(version, i), i);
 	page[LAST] = mix(key, version, LAST);
 }
 
@@ -38,13 +45,13 @@ static void write_page(struct arena *a, u64 index)
 	if (is_zero(a, version)) {
 		memset(page, 0, PAGE);
 	} else if (a->pattern == ZERO) {
-		arena_fill(page, key, version);
+		arena_fill(a, page, key, version);
 	} else {
 		u64 slot = HEAD + version % MIDDLE;
 
 		for (u64 i = 0; i < HEAD; i++)
 			page[i] = mix(key, version, i);
-		page[slot] = mix(key, version, slot);
+		page[slot] = middle(a, key, version, slot);
 		page[LAST] = mix(key, version, LAST);
 	}
 }
@@ -62,7 +69,7 @@ void arena_init(struct arena *a, const char *name, void *memory, u64 pages, enum
 	a->versions = map((pages * sizeof(u32) + PAGE - 1) / PAGE * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, -1);
 	pthread_mutex_init(&a->lock, NULL);
 	for (u64 i = 0; i < pages; i++) {
-		arena_fill(a->words + i * (PAGE / 8), i + a->salt, 0);
+		arena_fill(a, a->words + i * (PAGE / 8), i + a->salt, 0);
 		a->sum += mix(i, 0, 0);
 	}
 }
@@ -112,7 +119,7 @@ u64 arena_verify(struct arena *a)
 
 		sum += mix(i, version, 0);
 		if (!is_zero(a, version)) {
-			arena_fill(want, i + a->salt, version);
+			arena_fill(a, want, i + a->salt, version);
 			expected = want;
 		}
 		if (memcmp(page, expected, PAGE) != 0 && a->bad++ < NAMED)

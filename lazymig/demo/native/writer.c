@@ -1,7 +1,7 @@
 /*
  * writer: a busy process that judges itself.
  *
- *   writer --mib N [--pages-per-tick P] [--tick-us T] [--pattern random|seq|hot|zero] [--out FILE] ...
+ *   writer --mib N [--pages-per-tick P] [--tick-us T] [--pattern random|seq|hot|zero|text] [--out FILE] ...
  *
  * It fills N MiB of private memory, then writes P pages per tick, and keeps the wall-clock time of every tick.
  * It is asked by signals:
@@ -325,7 +325,8 @@ static u64 number_of(const char *text)
 
 static enum pattern pattern_of(const char *text)
 {
-	static const char *const names[] = {[RANDOM] = "random", [SEQUENTIAL] = "seq", [HOT] = "hot", [ZERO] = "zero"};
+	static const char *const names[] = {[RANDOM] = "random", [SEQUENTIAL] = "seq", [HOT] = "hot", [ZERO] = "zero",
+					     [TEXT] = "text"};
 
 	for (u32 i = 0; i < sizeof names / sizeof names[0]; i++)
 		if (strcmp(names[i], text) == 0)

@@ -19,7 +19,7 @@
 typedef uint64_t u64;
 typedef uint32_t u32;
 
-enum pattern { RANDOM, SEQUENTIAL, HOT, ZERO };
+enum pattern { RANDOM, SEQUENTIAL, HOT, ZERO, TEXT };
 
 /* Every option of the command line; numbers are 0 and strings NULL when not given. */
 struct options {
@@ -65,7 +65,6 @@ struct arena {
 	u64 bad; /* pages found wrong by the last verify */
 };
 void arena_init(struct arena *a, const char *name, void *memory, u64 pages, enum pattern pattern);
-void arena_fill(u64 *page, u64 key, u64 version); /* one page as it is after `version` writes */
 void arena_write(struct arena *a, u64 count);
 u64 arena_verify(struct arena *a); /* number of bad pages; the first few are named by fail() */
 
