@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from lazymig import report
+from lazymig import html_report, report
 from lazymig.checkpoint_cli import dump, restore
 from lazymig.cli_kit import ADDRESS, AS_JSON, SIZE, TCP_CLOSE, TIME, run, stdio
 from lazymig.dropin_cli import page_server, run_lazy_pages
@@ -233,6 +233,13 @@ def lazy_pages(
     help="Instead of PID: see a migration through whose engine was killed after commit. --to only if the "
     "destination has another address now.",
 )
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="Write a page about this migration: its rounds, where the freeze went, its faults.",
+)
 @AS_JSON
 def migrate(
     pid: int | None,
@@ -251,6 +258,7 @@ def migrate(
     streams: int,
     link_timeout: float,
     resume: str | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Move the process PID to another host.
@@ -260,10 +268,19 @@ def migrate(
     Exit status: 0 moved (or, with --dry-run, can be moved), 1 failed and the process runs on here, 2 wrong
     usage, 3 refused, 4 failed after commit.
     """
+    try:
+        if page is not None:
+            html_report.check_target(page)
+    except opt.OptionError as e:
+        _fail(e)
     if resume is not None and pid is None:
         from lazymig.migrate.session import run_resumed
 
-        run(lambda shown: run_resumed(resume, to, shown.event), as_json)
+        def see_through(shown: report.Reporter) -> None:
+            with html_report.told(page, shown.event, f"migration {resume}, taken up again") as event:
+                run_resumed(resume, to, event)
+
+        run(see_through, as_json)
         return
     if pid is None or resume is not None:
         raise click.UsageError("give either PID or --resume ID")
@@ -294,7 +311,12 @@ def migrate(
         _fail(e)
     from lazymig.migrate.session import run_migration
 
-    run(lambda shown: run_migration(options, shown.event), as_json)
+    def work(shown: report.Reporter) -> None:
+        title = f"pid {pid} to {opt.format_address(*to)}, {mode}"
+        with html_report.told(page, shown.event, title) as event:
+            run_migration(options, event)
+
+    run(work, as_json)
 
 
 @main.command()

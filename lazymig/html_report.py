@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lazymig import plot
 from lazymig.errors import LazymigError
+from lazymig.migrate.options import OptionError
 from lazymig.report import Event, clean, duration, line, number, size, summary
 
 _CSS = """
@@ -283,13 +284,10 @@ class Story:
 
 
 def check_target(path: Path) -> None:
-    """Raises LazymigError when no page can be written there: before anything is moved, not afterwards."""
+    """Raises OptionError when no page can be written there: before anything is moved, not afterwards."""
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise LazymigError(
-            "cannot be written",
-            code="report-failed",
-            subject=str(path),
-            hint="name a file in a directory that exists",
+        raise OptionError(
+            "cannot be written", subject=str(path), hint="name a file in a directory that exists"
         )
 
 

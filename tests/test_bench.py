@@ -267,7 +267,8 @@ def test_the_floor_without_a_link():
 
 
 def test_a_tiny_benchmark_from_end_to_end(monkeypatch, tmp_path, capsys):
-    tiny = Scenario("size/64/hybrid", mib=16)
+    page = tmp_path / "one.html"
+    tiny = Scenario("size/64/hybrid", mib=16, options=("--report", str(page)))
     monkeypatch.setattr(scenarios, "catalogue", lambda: [tiny])
     assert main(["--runs", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
     found = results.read(tmp_path / "results.json")
@@ -281,3 +282,6 @@ def test_a_tiny_benchmark_from_end_to_end(monkeypatch, tmp_path, capsys):
     assert [name for name, _, _ in run.curve.phases] == ["preflight", "rounds", "freeze", "drain"]
     html = parsed((tmp_path / "report.html").read_text())
     assert "Brown-out" in html
+    one = parsed(page.read_text())
+    for title in ("Rounds", "Where the freeze goes", "Over time", "In figures"):
+        assert f">{title}</h2>" in one

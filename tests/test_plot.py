@@ -165,6 +165,7 @@ def test_a_page_is_written_whole_or_a_place_is_named(tmp_path, capsys):
     with html_report.told(tmp_path / "nowhere" / "page.html", shown.append, "a move") as event:
         event({"event": "done"})
     assert "report-failed" in capsys.readouterr().err
-    with pytest.raises(LazymigError, match="written"):
-        html_report.check_target(tmp_path)
+    for bad in (tmp_path, tmp_path / "nowhere" / "page.html"):
+        with pytest.raises(LazymigError, match="written"):
+            html_report.check_target(bad)
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
