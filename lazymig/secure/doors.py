@@ -1,0 +1,122 @@
+"""A process for each TLS connection: the *door*, between the network and a plain socket of the engine's.
+
+The engine's hot loops use plain descriptors and notice nothing. A door is a process of its own, not a thread of the
+daemon's or the engine's, for three reasons: it outlives both for as long as it takes to deliver their last words (a
+killed daemon's migrations go on, as they do without TLS); what parses a stranger's bytes has no privileges, and no
+memory but its own; and nothing of it competes for the interpreter. It ends with the connection.
+
+`Doors` forks a server at once, while the caller has one thread; that server forks the doors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import trio
+
+from lazymig.errors import LazymigError
+from lazymig.secure.tls import Context, Credentials, Peer, TlsError, unprivileged
+
+HANDSHAKE_S = 10.0
+_MARGIN_S = 5.0
+_MESSAGE = 8192
+
+
+class Doors:
+    """Makes TLS connections out of TCP ones; one object for each daemon or engine."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        """Forks the server: call it while the process has one thread."""
+        self.credentials = credentials
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._sock.close()
+                _serve(theirs, credentials)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def close(self) -> None:
+        """Ends the server; connections that are open stay so."""
+        self._sock.close()
+        try:
+            os.waitpid(self._pid, 0)
+        except ChildProcessError:
+            pass
+
+    def open(self, tcp: socket.socket, *, server: bool, name: str = "", timeout_s: float = HANDSHAKE_S) -> tuple[socket.socket, Peer]:
+        """A plain blocking socket whose bytes travel over ``tcp`` by TLS, and who is at the other end.
+
+        ``tcp`` stays the caller's to close, and is not to be used: the door has it. As client (not ``server``) the
+        peer's certificate must hold ``name``. TlsError.
+        """
+        plain, inner = socket.socketpair()
+        answer, report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with answer:
+            try:
+                request = {"server": server, "name": self.credentials.name or name, "timeout": timeout_s}
+                with inner, report:
+                    fds = [tcp.fileno(), inner.fileno(), report.fileno()]
+                    socket.send_fds(self._sock, [json.dumps(request).encode()], fds)
+                answer.settimeout(timeout_s + _MARGIN_S)
+                said = json.loads(answer.recv(_MESSAGE) or b'{"code": "internal", "message": "the door broke"}')
+            except OSError as e:
+                plain.close()
+                raise TlsError(f"no door could be opened ({e})", code="internal") from e
+        if "code" in said:
+            plain.close()
+            raise TlsError(said["message"], code=said["code"], subject=said.get("subject", ""), hint=said.get("hint", ""))
+        return plain, Peer(tuple(said["names"]), said["fingerprint"])
+
+    async def open_async(
+        self, tcp: socket.socket, *, server: bool, name: str = "", timeout_s: float = HANDSHAKE_S
+    ) -> tuple[socket.socket, Peer]:
+        """`open` for trio."""
+        work = partial(self.open, tcp, server=server, name=name, timeout_s=timeout_s)
+        return await trio.to_thread.run_sync(work)
+
+
+def _serve(requests: socket.socket, credentials: Credentials) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # doors need no reaping
+    while True:
+        data, fds, _, _ = socket.recv_fds(requests, _MESSAGE, 3)
+        if not data:
+            return
+        if os.fork() == 0:
+            try:
+                requests.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _door(json.loads(data), *(socket.socket(fileno=fd) for fd in fds), credentials)
+            finally:
+                os._exit(0)
+        for fd in fds:
+            os.close(fd)
+
+
+def _door(
+    request: dict[str, Any], tcp: socket.socket, plain: socket.socket, report: socket.socket, credentials: Credentials
+) -> None:
+    """One connection, to its end. The files are read each time: new ones count from the next connection on."""
+    try:
+        context = Context(credentials, server=request["server"])
+        unprivileged()
+        peer = context.handshake(tcp.fileno(), request["name"], request["timeout"])
+    except LazymigError as e:
+        report.send(json.dumps(e.to_wire()).encode())
+        return
+    report.send(json.dumps({"names": peer.names, "fingerprint": peer.fingerprint}).encode())
+    report.close()
+    context.pump(plain.fileno())
+
+
+Opener = Callable[..., tuple[socket.socket, Peer]]
