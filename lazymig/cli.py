@@ -20,6 +20,7 @@ from lazymig.dropin_cli import page_server, run_lazy_pages
 from lazymig.errors import LazymigError, RefusedError
 from lazymig.images_cli import images
 from lazymig.kernel import kdat
+from lazymig.keys_cli import keys
 from lazymig.migrate import options as opt
 from lazymig.migrations_cli import migrations
 from lazymig.predump_cli import predump, untrack
@@ -64,6 +65,7 @@ main.add_command(untrack)
 main.add_command(images)
 main.add_command(page_server)
 main.add_command(migrations)
+main.add_command(keys)
 
 
 @main.command()

@@ -13,7 +13,14 @@ from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCH = {"x86_64": "x86_64", "aarch64": "aarch64"}[platform.machine()]
-FOLDERS = [f"lazymig/arch/{ARCH}", "lazymig/kernel", "lazymig/uffd", "lazymig/images", "lazymig/secure", "page_server"]
+FOLDERS = [
+    f"lazymig/arch/{ARCH}",
+    "lazymig/kernel",
+    "lazymig/uffd",
+    "lazymig/images",
+    "lazymig/secure",
+    "page_server",
+]
 FIRST = "lazymig/kernel/lm.h"  # what all other headers use
 FLAGS = [
     "-O2",

@@ -52,7 +52,9 @@ class Doors:
         except ChildProcessError:
             pass
 
-    def open(self, tcp: socket.socket, *, server: bool, name: str = "", timeout_s: float = HANDSHAKE_S) -> tuple[socket.socket, Peer]:
+    def open(
+        self, tcp: socket.socket, *, server: bool, name: str = "", timeout_s: float = HANDSHAKE_S
+    ) -> tuple[socket.socket, Peer]:
         """A plain blocking socket whose bytes travel over ``tcp`` by TLS, and who is at the other end.
 
         ``tcp`` stays the caller's to close, and is not to be used: the door has it. As client (not ``server``) the
@@ -67,13 +69,17 @@ class Doors:
                     fds = [tcp.fileno(), inner.fileno(), report.fileno()]
                     socket.send_fds(self._sock, [json.dumps(request).encode()], fds)
                 answer.settimeout(timeout_s + _MARGIN_S)
-                said = json.loads(answer.recv(_MESSAGE) or b'{"code": "internal", "message": "the door broke"}')
+                said = json.loads(
+                    answer.recv(_MESSAGE) or b'{"code": "internal", "message": "the door broke"}'
+                )
             except OSError as e:
                 plain.close()
                 raise TlsError(f"no door could be opened ({e})", code="internal") from e
         if "code" in said:
             plain.close()
-            raise TlsError(said["message"], code=said["code"], subject=said.get("subject", ""), hint=said.get("hint", ""))
+            raise TlsError(
+                said["message"], code=said["code"], subject=said.get("subject", ""), hint=said.get("hint", "")
+            )
         return plain, Peer(tuple(said["names"]), said["fingerprint"])
 
     async def open_async(
@@ -104,7 +110,11 @@ def _serve(requests: socket.socket, credentials: Credentials) -> None:
 
 
 def _door(
-    request: dict[str, Any], tcp: socket.socket, plain: socket.socket, report: socket.socket, credentials: Credentials
+    request: dict[str, Any],
+    tcp: socket.socket,
+    plain: socket.socket,
+    report: socket.socket,
+    credentials: Credentials,
 ) -> None:
     """One connection, to its end. The files are read each time: new ones count from the next connection on."""
     try:

@@ -87,7 +87,9 @@ class Credentials:
                     subject=str(path),
                     hint="`lazymig keys issue HOST` makes it",
                 ) from e
-            if path == self.key and (stat.S_IMODE(mode.st_mode) & 0o077 or mode.st_uid not in (0, os.geteuid())):
+            if path == self.key and (
+                stat.S_IMODE(mode.st_mode) & 0o077 or mode.st_uid not in (0, os.geteuid())
+            ):
                 raise TlsError(
                     "a secret key that others can get at",
                     code="tls-key-exposed",
@@ -159,9 +161,13 @@ class Context:
 
 def unprivileged() -> None:
     """Gives up all privileges of this process, for good: what follows only moves bytes of sockets that are open."""
-    for call, arguments in ((os.setgroups, ([],)), (os.setresgid, (_NOBODY,) * 3), (os.setresuid, (_NOBODY,) * 3)):
+    for call, arguments in (
+        (os.setgroups, ([],)),
+        (os.setresgid, (_NOBODY,) * 3),
+        (os.setresuid, (_NOBODY,) * 3),
+    ):
         try:
-            call(*arguments)  # type: ignore[operator]
+            call(*arguments)
         except OSError:
             continue  # in a user namespace that has no such number; the capabilities go in any case
     if err := lib.lm_tls_unprivileged():
@@ -189,7 +195,9 @@ def _refusal(report: CData, peer: Peer, name: str, server: bool) -> TlsError:
         return TlsError(what, code=code, hint=hint)
     if kind == lib.LM_TLS_ALERT:
         return TlsError(
-            _ALERTS.get(detail, f"{whom} has refused ({text})"), code="tls-refused-there", hint="its log tells more"
+            _ALERTS.get(detail, f"{whom} has refused ({text})"),
+            code="tls-refused-there",
+            hint="its log tells more",
         )
     if kind == lib.LM_TLS_PLAIN:
         if server:
