@@ -116,12 +116,12 @@ class Authority:
         """Makes a new one. KeysError ``authority-exists``: one is there already, and stays."""
         _private(directory)
         with _locked(directory):
-            for name in (CA, CA_KEY):
-                if (directory / name).exists():
+            for file in (CA, CA_KEY):
+                if (directory / file).exists():
                     raise KeysError(
                         "an authority is there already; it was not touched",
                         code="authority-exists",
-                        subject=str(directory / name),
+                        subject=str(directory / file),
                         hint="`lazymig keys issue HOST` uses it",
                     )
             key = ec.generate_private_key(ec.SECP256R1())

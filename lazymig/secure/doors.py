@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,7 +37,7 @@ class Doors:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                self._sock.close()
+                _keep_only(theirs.fileno())
                 _serve(theirs, credentials)
             finally:
                 os._exit(0)
@@ -90,6 +89,15 @@ class Doors:
         return await trio.to_thread.run_sync(work)
 
 
+def _keep_only(fd: int) -> None:
+    """Closes every descriptor but this one and standard error: others would outlive their owners here."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.closerange(3, fd)
+    os.closerange(fd + 1, 1 << 20)
+
+
 def _serve(requests: socket.socket, credentials: Credentials) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -102,7 +110,8 @@ def _serve(requests: socket.socket, credentials: Credentials) -> None:
             try:
                 requests.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _door(json.loads(data), *(socket.socket(fileno=fd) for fd in fds), credentials)
+                tcp, plain, report = (socket.socket(fileno=fd) for fd in fds)
+                _door(json.loads(data), tcp, plain, report, credentials)
             finally:
                 os._exit(0)
         for fd in fds:
@@ -127,6 +136,3 @@ def _door(
     report.send(json.dumps({"names": peer.names, "fingerprint": peer.fingerprint}).encode())
     report.close()
     context.pump(plain.fileno())
-
-
-Opener = Callable[..., tuple[socket.socket, Peer]]
