@@ -19,7 +19,7 @@ from bench import pages, results, runner, tables
 from bench.scenarios import Scenario, catalogue, choose
 
 OUT = Path("bench-out")
-RUNS, QUICK_RUNS = 3, 1
+RUNS, QUICK_RUNS = 3, 2
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

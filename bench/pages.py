@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench import tables
-from bench.results import FIGURES, Outcome, Results, Run
+from bench.results import FIGURES, TOUCH_UNIT_NS, Outcome, Results, Run
 from bench.stats import Summary, add_histograms
-from bench.tables import floor_ratio, missed, rows
+from bench.tables import beyond, floor_ratio, rows, wrong
 from lazymig import plot
 from lazymig.html_report import Cell, Page, freeze_chart, rounds_chart
 from lazymig.plot import Band, Series, short
@@ -16,7 +16,7 @@ from lazymig.plot import Band, Series, short
 SMALL = 16  # MiB: smaller processes tell of fixed costs, and are left out of charts by size
 _COLOUR_OF_PHASE = {"preflight": 7, "rounds": 0, "freeze": 1, "drain": 2}
 _MAIN = ("downtime_ms", "stall_ms", "total_ms", "rate_mbps", "wire_mib", "residual_pages", "rounds")
-_COST = ("cpu_s", "peak_mib")
+_COST = ("cpu_s", "cpu_per_gib_s", "peak_mib")
 _FAULTS = ("fault_p50_us", "fault_p99_us", "fault_p999_us", "touch_ms", "total_ms", "downtime_ms")
 _CLIENTS = ("client_gap_ms", "latency_p50_us", "latency_max_us", "downtime_ms", "total_ms", "wire_mib")
 _SWITCHED = ("downtime_ms", "stall_ms", "total_ms", "wire_mib", "slowdown_percent", "rounds", "cpu_s")
@@ -55,7 +55,8 @@ GROUPS = (
 
 def report(found: Results, old: Results | None = None) -> str:
     """The whole page."""
-    page = Page("How processes move", "; ".join(f"{k}: {v}" for k, v in found.facts.items() if v))
+    page = Page("How processes move")
+    page.facts([(k, v) for k, v in found.facts.items() if v])
     _opening(page, found)
     if old is not None:
         _changes(page, found, old)
@@ -82,10 +83,7 @@ def _with_runs(found: Results, group: str) -> list[Outcome]:
 
 
 def _opening(page: Page, found: Results) -> None:
-    failures = missed(found)
-    if failures:
-        page.section("What is wrong")
-        page.table([""], [[Cell(text, kind="bad")] for text in failures])
+    page.tiles(_headline(found))
     page.paragraph(
         "Downtime and stall are what the moved process saw on the wall clock: it writes the time down in every tick of "
         "about 200 us and, after the move, checks every byte that it has ever written. Downtime is the gap with the "
@@ -95,6 +93,16 @@ def _opening(page: Page, found: Results) -> None:
         "Every figure is the median of its runs, with their range behind it; after x: how many times the floor it is, "
         "what a C program that does only the unavoidable takes over the same link, in the same run of the benchmark."
     )
+    for title, texts in (("What is wrong", wrong(found)), ("Beyond a limit", beyond(found))):
+        if texts:
+            page.section(title)
+            page.table([""], [[Cell(text, kind="bad")] for text in texts])
+
+
+def _headline(found: Results) -> list[tuple[str, str]]:
+    """The downtime of every way at the size of the example, and how much of it was work that got lost."""
+    known = [(o, o.summaries().get("downtime_ms")) for o in _example(found)]
+    return [(f"{short(s.median)} ms", f"downtime, {o.way}, {o.parameters['mib']} MiB") for o, s in known if s]
 
 
 def _cell(o: Outcome, figure: str, s: Summary | None) -> Cell:
@@ -103,8 +111,8 @@ def _cell(o: Outcome, figure: str, s: Summary | None) -> Cell:
     told = [] if s.runs == 1 or s.low == s.high else [f"{short(s.low)}-{short(s.high)}"]
     ratio = floor_ratio(o, figure)
     told += [f"x {short(ratio)}"] if ratio else []
-    beyond = o.parameters.get("limits", {}).get(figure)
-    return Cell(short(s.median), " ".join(told), "bad" if beyond is not None and s.median > beyond else "")
+    limit = o.parameters.get("limits", {}).get(figure)
+    return Cell(short(s.median), " ".join(told), "bad" if limit is not None and s.median > limit else "")
 
 
 def _table(page: Page, outcomes: Sequence[Outcome], figures: Sequence[str]) -> None:
@@ -200,7 +208,7 @@ def _brownout(page: Page, found: Results) -> None:
     )
     for o, run in chosen:
         assert run.curve is not None
-        page.heading(f"{o.way}: {o.words}")
+        page.heading(o.words)
         lost = f" In all it lost {short(run.figures.get('lost_ms', 0))} ms of work."
         chart = plot.lines(
             [Series("throughput", run.curve.points(), dots=False)],
@@ -220,7 +228,10 @@ def _freeze(page: Page, found: Results) -> None:
     page.section("Where the freeze goes")
     short_ones = [(o, r) for o, r in ours if o.parameters["mode"] in ("hybrid", "postcopy")]
     long_ones = [(o, r) for o, r in ours if (o, r) not in short_ones]
-    for title, some in (("What crosses is small", short_ones), ("Memory crosses within it", long_ones)):
+    for title, some in (
+        ("Hybrid and post-copy", short_ones),
+        ("Pre-copy and stop-and-copy: memory crosses within it", long_ones),
+    ):
         if some:
             page.heading(title)
             page.figure(freeze_chart([(f"{o.name}", r.steps) for o, r in some]))
@@ -258,12 +269,11 @@ def _faults(page: Page, found: Results) -> None:
         "the rest is pushed in the background. By its own clock; the quantiles are of the touches that waited.",
         dim=True,
     )
-    histograms = [(o.name, add_histograms([r.histogram_ns for r in o.runs])) for o in some]
-    # What was there already tells nothing of faults: from 2 us on.
-    cut = [(name, [n if i > 11 else 0 for i, n in enumerate(counts)]) for name, counts in histograms]
-    page.figure(
-        plot.histogram(cut, unit_ns=1, x_label="time of the touch"), "All runs together; touches of 2 us on."
-    )
+    histograms = [(o.name, add_histograms([r.touches for r in o.runs])) for o in some]
+    # What was there already tells nothing of faults: from 4 us on.
+    cut = [(name, [n if i > 5 else 0 for i, n in enumerate(counts)]) for name, counts in histograms]
+    chart = plot.histogram(cut, unit_ns=TOUCH_UNIT_NS, x_label="time of the touch")
+    page.figure(chart, "All runs together; touches that took 4 us or more.")
     _table(page, some, _FAULTS)
 
 
@@ -339,6 +349,7 @@ def _cost(page: Page, found: Results) -> None:
     page.heading("Peak memory of each part")
     page.figure(plot.stacked([(o.name, _parts(o.summaries(), "peak_", "_mib")) for o in some], unit="MiB"))
     with_bytes = [(o, r) for o in some if (r := o.typical()) and r.bytes]
+    _table(page, [o for o in found.outcomes if o.runs and o.group in ("size", "rate")], _COST)
     if with_bytes:
         page.heading("Bytes by kind")
         kinds = [(o.name, [(k, v / (1 << 20)) for k, v in r.bytes.items()]) for o, r in with_bytes]

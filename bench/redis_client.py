@@ -133,7 +133,10 @@ def lines(answers: Iterable[tuple[float, float]], began: float, ended: float, of
 
 
 def turn(clients: list[Client], watch: selectors.BaseSelector, answers: list[tuple[float, float]]) -> None:
-    """Sends what is due, waits for answers for at most a millisecond, takes them."""
+    """Sends what is due, waits for answers for at most a millisecond, takes them.
+
+    By select, whose timeout is not rounded up to milliseconds as that of epoll is.
+    """
     now = time.monotonic()
     for c in clients:
         try:
@@ -178,7 +181,7 @@ def main() -> None:
     interval = int(connections) / float(rate)
     clients = [Client(i, places, interval, began) for i in range(int(connections))]
     answers: list[tuple[float, float]] = []
-    with selectors.DefaultSelector() as watch:
+    with selectors.SelectSelector() as watch:
         while time.monotonic() < began + float(seconds):
             turn(clients, watch, answers)
     ended = time.monotonic()

@@ -12,6 +12,7 @@ from bench import stats
 from bench.curve import Curve
 
 FORMAT = 1
+TOUCH_UNIT_NS = 125  # so that bounds are whole microseconds
 # In the order of the tables; what a run does not have is left out. The name's end is the unit.
 FIGURES = {
     "downtime_ms": "downtime, ms",
@@ -28,6 +29,7 @@ FIGURES = {
     "fault_p999_us": "p99.9, us",
     "touch_ms": "all pages read, ms",
     "cpu_s": "CPU of both sides, s",
+    "cpu_per_gib_s": "CPU for a GiB, s",
     "peak_mib": "peak memory of all parts, MiB",
     "command_ms": "the whole command, ms",
     "client_gap_ms": "longest gap of the clients, ms",
@@ -52,7 +54,7 @@ class Run:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     bytes: dict[str, float] = field(default_factory=dict)  # by kind
     histogram_us: list[int] = field(default_factory=list)  # faults as the tool saw them: [i] below 2^i us
-    histogram_ns: list[int] = field(default_factory=list)  # touches as the program saw them: [i] below 2^i ns
+    touches: list[int] = field(default_factory=list)  # as the program saw them: [i] below 2^i * TOUCH_UNIT_NS
     timeline: list[tuple[float, float, float, float]] = field(
         default_factory=list
     )  # s, answers/s, p50, p99 in us

@@ -94,12 +94,13 @@ def _sizes() -> Iterator[Scenario]:
     for mib in (64, 512, 2048, 4096):
         for mode in MODES:
             limits = _asked(mib, 20) if mode == "hybrid" and mib != 4096 else {}
-            # The quiet size of the quick bench: every mode at 64 MiB, ours also at 512.
-            quick = mib == 64 or (mib == 512 and mode == "hybrid")
+            # The quick bench: every mode at 64 MiB, and a second size that shows where each one leads.
+            quick = mib == 64 or (mib == 512 and mode in ("hybrid", "stop-and-copy"))
             yield Scenario(f"size/{mib}/{mode}", mode=mode, mib=mib, limits=limits, quick=quick)
     for mib in (64, 512, 2048):
         for mode in ("stop-and-copy", "postcopy"):
-            yield Scenario(f"size/{mib}/criu-{mode}", tool=CRIU, mode=mode, mib=mib, quick=mib == 64)
+            quick = mib == 64 or (mib == 512 and mode == "stop-and-copy")
+            yield Scenario(f"size/{mib}/criu-{mode}", tool=CRIU, mode=mode, mib=mib, quick=quick)
     yield Scenario("size/512/criu-precopy", tool=CRIU, mode="precopy", mib=512)
     yield Scenario("size/2/hybrid", mib=2, limits={"command_ms": 1000})
 

@@ -93,14 +93,23 @@ def _beyond(o: Outcome, limits: Mapping[str, float], *, least: bool) -> list[str
     return found
 
 
-def missed(found: Results) -> list[str]:
-    """All that makes the benchmark fail: wrong bytes and failed moves, and medians beyond their limits."""
+def wrong(found: Results) -> list[str]:
+    """Wrong bytes and failed moves."""
+    return [f"{o.name}: {fault}" for o in found.outcomes for fault in o.faults]
+
+
+def beyond(found: Results) -> list[str]:
+    """Medians beyond their limits."""
     texts: list[str] = []
     for o in found.outcomes:
-        texts += [f"{o.name}: {fault}" for fault in o.faults]
         texts += _beyond(o, o.parameters.get("limits", {}), least=False)
         texts += _beyond(o, o.parameters.get("floors", {}), least=True)
     return texts
+
+
+def missed(found: Results) -> list[str]:
+    """All that makes the benchmark fail."""
+    return wrong(found) + beyond(found)
 
 
 def rows(outcomes: Sequence[Outcome], figures: Sequence[str]) -> list[str]:

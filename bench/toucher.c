@@ -5,8 +5,8 @@
  *   toucher MIB OUT GO
  *
  * It writes lines to OUT: "ready"; "WAITED" with the times of the first touches of pages as a histogram, of which
- * number i counts those below 2^i ns and not below half of that, and with their quantiles (below); and at the end,
- * "TOUCHED nanoseconds wrong-pages".
+ * number i counts those below 2^i * UNIT_NS and not below half of that, and with their quantiles (below); and at the
+ * end, "TOUCHED nanoseconds wrong-pages".
  *
  * A touch that took less than WAITED_NS found its page there. The quantiles are of the others: how many there were,
  * then p50, p99 and p99.9 in nanoseconds.
@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { WAITED_NS = 4000, BUCKETS = 40 };
+enum { WAITED_NS = 4000, UNIT_NS = 125, BUCKETS = 32 };
 
 static uint64_t mix(uint64_t x)
 {
@@ -71,7 +71,8 @@ static void tell_times(const char *out, uint32_t *took, uint64_t pages)
 	size_t at = strlen(line);
 
 	for (i = 0; i < pages; i++) {
-		unsigned int slot = took[i] ? 32 - (unsigned int)__builtin_clz(took[i]) : 0;
+		const uint32_t units = took[i] / UNIT_NS;
+		const unsigned int slot = units ? 32 - (unsigned int)__builtin_clz(units) : 0;
 
 		count[slot]++;
 		if (took[i] >= WAITED_NS)

@@ -20,7 +20,7 @@ from lazymig.demo.moves import PORT, Daemon, Migration, Move
 from lazymig.demo.writer import warm_memory
 
 DEADLINE_S = 200
-_BUCKETS = 40
+_BUCKETS = 32
 
 
 def wait_until(what: str, condition: Callable[[], object], pause: float = 0.005) -> None:
@@ -91,7 +91,7 @@ def _judge(text: str, run: Run, s: Scenario) -> dict[str, float]:
     if wrong != "0":
         raise BenchError(f"{wrong} pages are wrong")
     counts, _, quantiles = text.split("WAITED ")[1].splitlines()[0].partition(" : ")
-    run.histogram_ns = [int(n) for n in counts.split()][:_BUCKETS]
+    run.touches = [int(n) for n in counts.split()][:_BUCKETS]
     waited, p50, p99, p999 = (float(n) for n in quantiles.split())
     figures = {"touch_ms": int(took) / 1e6, "touch_mbps": (s.mib << 20) / 1e3 / (int(took) / 1e6)}
     figures["waited_pages"] = waited

@@ -144,6 +144,7 @@ def _run(s: Scenario, moved: Moved, writer: Writer) -> Run:
         figures["slowdown_percent"] = 100 * (1 - slowed / normal)
     done = (curve.rate(ticks, moved.began, ticks[-1]) / normal) if normal else 1.0
     figures["lost_ms"] = (1 - done) * (ticks[-1] - moved.began) / 1e6
+    figures["cpu_per_gib_s"] = figures["cpu_s"] / (s.mib / 1024)
     run.figures = figures
     run.curve = curve.curve(ticks, normal, moved.began, moved.ended, _phases(moved, gaps, thawed))
     return run

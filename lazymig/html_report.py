@@ -35,9 +35,12 @@ p { margin: 6px 0 10px; } .dim { color: var(--dim); }
 figure { margin: 14px 0 22px; } figcaption { color: var(--dim); font-size: 14px; margin-top: 2px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 8px 0 16px; }
-th, td { padding: 4px 10px 4px 0; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th, td { padding: 4px 10px 4px 0; text-align: right; border-bottom: 1px solid var(--rule); }
+td { white-space: nowrap; }
 th { color: var(--dim); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; white-space: normal; }
+.facts td { text-align: left; white-space: normal; } .facts td:first-child { white-space: nowrap; }
+.facts td:first-child { color: var(--dim); }
 td small { color: var(--dim); } .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }
 .tile { background: var(--soft); border-radius: 8px; padding: 10px 14px; min-width: 120px; }
@@ -108,6 +111,11 @@ class Page:
             for row in rows
         )
         self._parts.append(f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>')
+
+    def facts(self, rows: Sequence[tuple[str, str]]) -> None:
+        """What belongs to names: two columns of text."""
+        body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+        self._parts.append(f'<div class="wide"><table class="facts">{body}</table></div>')
 
     def preformatted(self, text: str, summary: str) -> None:
         """Text as it is, folded behind a line."""
@@ -211,38 +219,48 @@ def migration_page(story: Sequence[tuple[float, Event]], title: str) -> str:
         _done(page, final)
     else:
         page.paragraph(line(final) if final else "it ended without a word")
-    rounds = [e for _, e in story if e.get("event") == "round"]
-    if rounds:
-        page.section("Rounds")
-        page.figure(
-            rounds_chart([("pages", rounds)]), "Copy rounds send pages; punch rounds only drop stale ones."
-        )
-        page.table(
-            ["round", "", "pages", "bytes", "time", "MB/s", "dirtied, pages/s", "estimated downtime"],
-            [
-                [
-                    f"{number(r, 'n'):.0f}",
-                    clean(r.get("kind", "")),
-                    f"{number(r, 'pages'):,.0f}",
-                    size(number(r, "bytes")),
-                    duration(number(r, "ms")),
-                    f"{number(r, 'rate_mbps'):,.0f}",
-                    f"{number(r, 'dirty_rate_pages_s'):,.0f}",
-                    duration(number(r, "est_downtime_ms")),
-                ]
-                for r in rounds
-            ],
-        )
+    _rounds(page, [e for _, e in story if e.get("event") == "round"])
     if chart := _progress(story):
         page.section("Over time")
         page.figure(chart)
+    if (counts := counts_of(final, "fault_histogram_us")) and sum(counts):
+        page.section("Faults")
+        chart = plot.histogram([("faults", counts)], unit_ns=1e3, x_label="from the fault to its page")
+        page.figure(chart)
+    if final.get("event") == "done":
+        page.section("In figures")
+        page.facts(summary(final))
     page.section("Events")
     page.preformatted("\n".join(f"{at:9.3f} s  {line(e)}" for at, e in story), f"all {len(story)} events")
     return page.html()
 
 
+def _rounds(page: Page, rounds: Sequence[Event]) -> None:
+    if not rounds:
+        return
+    page.section("Rounds")
+    page.figure(
+        rounds_chart([("pages", rounds)]), "Copy rounds send pages; punch rounds only drop stale ones."
+    )
+    page.table(
+        ["round", "", "pages", "bytes", "time", "MB/s", "dirtied, pages/s", "estimated downtime"],
+        [
+            [
+                f"{number(r, 'n'):.0f}",
+                clean(r.get("kind", "")),
+                f"{number(r, 'pages'):,.0f}",
+                size(number(r, "bytes")),
+                duration(number(r, "ms")),
+                f"{number(r, 'rate_mbps'):,.0f}",
+                f"{number(r, 'dirty_rate_pages_s'):,.0f}",
+                duration(number(r, "est_downtime_ms")),
+            ]
+            for r in rounds
+        ],
+    )
+
+
 def _done(page: Page, final: Event) -> None:
-    faults = f"{number(final, 'faults'):,.0f}"
     moved = sum(numbers_of(final, "bytes").values())
     page.tiles(
         [
@@ -250,7 +268,7 @@ def _done(page: Page, final: Event) -> None:
             (duration(number(final, "stall_ms")), "stall after commit"),
             (duration(number(final, "total_ms")), "in all"),
             (size(moved), "sent"),
-            (faults, "faults"),
+            (f"{number(final, 'faults'):,.0f}", "faults"),
         ]
     )
     steps, there = numbers_of(final, "breakdown"), numbers_of(final, "destination_breakdown")
@@ -261,12 +279,6 @@ def _done(page: Page, final: Event) -> None:
             freeze_chart(rows),
             "The source's steps add up to the downtime; the destination's lie within them.",
         )
-    if (counts := counts_of(final, "fault_histogram_us")) and sum(counts):
-        page.section("Faults")
-        chart = plot.histogram([("faults", counts)], unit_ns=1e3, x_label="from the fault to its page")
-        page.figure(chart)
-    page.section("In figures")
-    page.table(["", ""], [[name, value] for name, value in summary(final)])
 
 
 class Story:

@@ -14,7 +14,7 @@ from html import escape
 WIDTH, HEIGHT = 860, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 14, 46
 _ROW = 30  # of a stacked bar
-_COLOURS = 8
+_BAR = 56  # no wider is any other one
 
 CSS = """
 .chart { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
@@ -24,12 +24,13 @@ CSS = """
 .chart .axis { stroke: var(--dim); stroke-width: 1; }
 .chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .chart .whisker { stroke-width: 1.5; opacity: .6; }
-.chart .band { opacity: .16; }
-.chart .bandname { font-size: 11px; }
+.chart .band { opacity: .2; }
 .chart .inside { fill: #fff; font-size: 11px; }
 """
 _LIGHT = ["#0b63b5", "#c2410c", "#15803d", "#8b2fc9", "#b7791f", "#be185d", "#0e7490", "#6b7280"]
+_LIGHT += ["#4338ca", "#7c2d12", "#65a30d", "#a16207"]
 _DARK = ["#5fa8f5", "#f59457", "#4fce7f", "#c58af5", "#eab84f", "#f472b6", "#3fc1d6", "#a3a9b5"]
+_DARK += ["#8b8bf5", "#d08a6a", "#a3d65c", "#d9a441"]
 
 
 def colours(dark: bool = False) -> str:
@@ -39,7 +40,7 @@ def colours(dark: bool = False) -> str:
 
 def colour(i: int) -> str:
     """The colour of the series with this number."""
-    return f"var(--s{i % _COLOURS})"
+    return f"var(--s{i % len(_LIGHT)})"
 
 
 def short(value: float) -> str:
@@ -64,7 +65,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A part of the x axis that is shaded and named."""
+    """A part of the x axis (of seconds) that is shaded and named."""
 
     name: str
     begin: float
@@ -171,14 +172,17 @@ class Drawing:
         )
 
 
-def legend(d: Drawing, names: Sequence[str], y: float = 12, first: float = _LEFT) -> float:
-    """Names with their colours, in as many rows as they need; the y below them."""
+def legend(
+    d: Drawing, names: Sequence[str], bands: Sequence[Band] = (), y: float = 12, first: float = _LEFT
+) -> float:
+    """Names with their colours, and those of bands, in as many rows as they need; the y below them."""
     x = first
-    for i, name in enumerate(names):
+    shown = {b.name: (colour(b.colour), "band") for b in bands}
+    for name, (fill, kind) in [*((n, (colour(i), "")) for i, n in enumerate(names)), *shown.items()]:
         wide = 24 + 6.6 * len(name)
         if x + wide > d.width and x > first:
             x, y = first, y + 18
-        d.box(x, y - 9, 11, 11, colour(i))
+        d.box(x, y - 9, 11, 11, fill, kind=kind)
         d.text(x + 16, y, name)
         x += wide + 8
     return y + 10
@@ -209,7 +213,7 @@ def lines(
 ) -> str:
     """Lines over an x axis. ``bands``: phases, shaded behind them. Logarithmic axes leave out what is not above 0."""
     d = Drawing()
-    top = legend(d, [s.name for s in series]) + (18 if bands else 6) if len(series) > 1 or bands else _TOP
+    top = legend(d, [s.name for s in series], bands) + 6 if len(series) > 1 or bands else _TOP
     all_x = [x for s in series for x, _ in s.points]
     all_y = [y for s in series for _, y in s.points] + [v for s in series for r in s.ranges for v in r]
     if log_x:
@@ -227,15 +231,11 @@ def lines(
 
 
 def _bands(d: Drawing, bands: Sequence[Band], xs: Scale, ys: Scale) -> None:
-    last = -math.inf
     for b in bands:
         begin, end = xs.at(b.begin), xs.at(b.end)
+        told = f"{b.name}: {short((b.end - b.begin) * 1e3)} ms"
         wide = max(end - begin, 1.5)
-        d.box(begin, ys.last, wide, ys.first - ys.last, colour(b.colour), kind="band", title=b.name)
-        # A name stands where there is room for it; hovering tells the others.
-        if begin >= last:
-            d.text(begin + 2, ys.last - 5, b.name, kind="dim bandname")
-            last = begin + 6.2 * len(b.name) + 8
+        d.box(begin, ys.last, wide, ys.first - ys.last, colour(b.colour), kind="band", title=told)
 
 
 def _one_line(d: Drawing, s: Series, stroke: str, xs: Scale, ys: Scale) -> None:
@@ -297,20 +297,20 @@ def bars(
     xs = Scale(0, max(len(groups), 1), _LEFT, d.width - _RIGHT)
     _axes(d, xs, ys, x_label, y_label, ())
     wide = (xs.last - xs.first) / max(len(groups), 1)
-    each = wide * 0.8 / max(len(series), 1)
+    each = min(wide * 0.8 / max(len(series), 1), _BAR)
     step = max(
         1, math.ceil(len(groups) * 7.0 * max((len(g) for g in groups), default=1) / (xs.last - xs.first))
     )
     for g, name in enumerate(groups):
-        left = xs.first + wide * g
+        left = xs.first + wide * g + (wide - each * len(series)) / 2
         if g % step == 0:
-            d.text(left + wide / 2, ys.first + 17, name, anchor="middle", kind="tick")
+            d.text(xs.first + wide * (g + 0.5), ys.first + 17, name, anchor="middle", kind="tick")
         for i, (label, values) in enumerate(series):
             value = values[g] if g < len(values) else 0.0
             if value > 0:
                 y = ys.at(value)
                 told = f"{label}, {name}: {short(value)}"
-                d.box(left + wide * 0.1 + each * i, y, each - 1, ys.first - y, colour(i), title=told)
+                d.box(left + each * i, y, each - 1, ys.first - y, colour(i), title=told)
     return d.svg(f"{y_label} by {x_label}" if x_label else y_label)
 
 

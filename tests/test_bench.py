@@ -203,7 +203,7 @@ def full():
         steps={"stop": 1.0, "<scan>": 1.0},
         rounds=[{"event": "round", "n": n, "pages": 100 >> n, "kind": "copy"} for n in range(3)],
         bytes={"bulk": 1000.0},
-        histogram_ns=[0] * 13 + [5],
+        touches=[0] * 13 + [5],
         timeline=[(0.0, 100.0, 90.0, 200.0), (0.1, 0.0, 0.0, 0.0)],
         phases=[("freeze", 0.0, 0.1)],
     )
