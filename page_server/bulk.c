@@ -9,8 +9,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "lazymig/kernel/pagemap.h"
+
 /* How far ahead of the limit a frame may go: what a limited connection may send at once. */
 #define BURST_NS 20000000ull
+/* Bytes armed at a time: few, as what is armed early is the sooner written again; but each time costs other processors
+ * an interrupt. Whole huge pages, which would be split otherwise. */
+#define ARM (4ull << 20)
 
 lm_bulk *lm_bulk_new(int sock, int pid)
 {
@@ -21,6 +26,7 @@ lm_bulk *lm_bulk_new(int sock, int pid)
 		return NULL;
 	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
 	b->sock = sock;
+	b->pagemap = -1;
 	b->target.pid = pid;
 	b->target.mem = open(path, O_RDONLY | O_CLOEXEC);
 	b->data = mmap(NULL, LM_BATCH_PAGES * LM_PAGE, PROT_READ | PROT_WRITE,
@@ -53,6 +59,11 @@ void lm_bulk_cancel(lm_bulk *b)
 void lm_bulk_limit(lm_bulk *b, uint64_t rate)
 {
 	b->rate = rate;
+}
+
+void lm_bulk_arm(lm_bulk *b, int pagemap)
+{
+	b->pagemap = pagemap;
 }
 
 void lm_bulk_begin(lm_bulk *b, const lm_part *parts, uint64_t n)
@@ -135,6 +146,15 @@ int lm_bulk_read(lm_bulk *b, const lm_range *r, size_t n, uint32_t flags)
 	return 0;
 }
 
+/* Whatever goes wrong, the next scan finds: pages that are not armed count as written. */
+static void arm_some(lm_bulk *b, lm_range r)
+{
+	b->armed = (r.start | (ARM - 1)) + 1;
+	if (b->armed > r.end)
+		b->armed = r.end;
+	lm_pagemap_arm(b->pagemap, (lm_range){r.start, b->armed});
+}
+
 int lm_bulk_fill(lm_bulk *b)
 {
 	lm_range batch[LM_BATCH_PAGES];
@@ -152,12 +172,19 @@ int lm_bulk_fill(lm_bulk *b)
 		return ENODATA;
 	p = &b->parts[b->part]; /* a batch never mixes parts, which differ in their flags */
 	while (room && b->range < p->n) {
-		lm_range r = {p->r[b->range].start + b->offset, p->r[b->range].end};
+		const uint64_t end = p->r[b->range].end;
+		lm_range r = {p->r[b->range].start + b->offset, end};
 
-		if (r.end - r.start > room) {
+		if (b->pagemap >= 0) {
+			if (!b->offset || r.start == b->armed)
+				arm_some(b, r);
+			if (r.end > b->armed)
+				r.end = b->armed;
+		}
+		if (r.end - r.start > room)
 			r.end = r.start + room;
-			b->offset += room;
-		} else {
+		b->offset += r.end - r.start;
+		if (r.end == end) {
 			b->range++;
 			b->offset = 0;
 		}

@@ -29,6 +29,9 @@ void lm_bulk_limit(lm_bulk *b, uint64_t rate);
 
 /* A round: begin, then fill and flush until fill says ENODATA. The parts stay the caller's, as long as it takes. */
 void lm_bulk_begin(lm_bulk *b, const lm_part *parts, uint64_t n);
+/* Arms pages shortly before they are read in the rounds to come, through this descriptor of /proc/PID/pagemap; -1: not.
+ * What is written before that needs not be sent again. */
+void lm_bulk_arm(lm_bulk *b, int pagemap);
 /* Reads the next batch. ENODATA: no more; ESRCH: the process ended. */
 int lm_bulk_fill(lm_bulk *b);
 /* The batch: done bytes of raw pages at *data. */
@@ -63,6 +66,8 @@ struct lm_bulk {
 
 	const lm_part *parts;
 	uint64_t nparts, part, range, offset; /* where the next batch starts */
+	int pagemap;			      /* -1: pages are armed already */
+	uint64_t armed;			      /* how far the range is */
 
 	uint8_t *data; /* LM_BATCH_PAGES pages */
 	lm_bulk_range got[LM_BATCH_PAGES], zero[LM_BATCH_PAGES];

@@ -86,14 +86,17 @@ class BulkSender:
         if err:
             raise link_error(err, what, f"pid {self.pid}" if err == errno.ESRCH else "bulk connection")
 
-    async def send_round(self, seq: int, parts: Parts) -> SendStats:
+    async def send_round(self, seq: int, parts: Parts, *, arm: int = -1) -> SendStats:
         """Sends GATE, the pages of all parts (each with its range flags), END.
+
+        ``arm``: a descriptor of the process's pagemap, when the pages are yet to be protected for tracking.
 
         Pages that went away meanwhile are left out and reported in ``skipped``: what is there when the process
         is frozen must be looked at again. A cancelled task ends the connection (``cancel``).
         """
         c_parts = pack_parts(parts)
         start = time.monotonic()
+        lib.lm_bulk_arm(self.bulk, arm)
         await run_loop(lambda: self._round(seq, c_parts, len(parts)), self.cancel)
         return self._stats(start)
 
@@ -101,6 +104,7 @@ class BulkSender:
         """The same without a thread, holding up the event loop: for the few pages that cross in a freeze."""
         c_parts = pack_parts(parts)
         start = time.monotonic()
+        lib.lm_bulk_arm(self.bulk, -1)
         self._round(seq, c_parts, len(parts))
         return self._stats(start)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import trio
+from predump_kit import Puppet
 
 from lazymig.kernel import ptrace
 from lazymig.migrate.brake import Brake
 from lazymig.migrate.options import Mode
 from lazymig.migrate.rounds import BRAKES, MAX_PUNCH_ROUNDS, Action, Policy
 from lazymig.migrate.target import Target
+from lazymig.native import lib
+from page_server.sender import new_bulk, pack_parts
 
 FOUND = 500_000  # pages
 
@@ -128,3 +132,36 @@ async def brake_for_a_second(target, output):
     lines = (output.read() or b"").count(b"\n")
     os.set_blocking(output.fileno(), True)
     return share, lines
+
+
+def test_late_arming_counts_from_the_moment_a_page_is_read():
+    """A new round lists pages that are not protected yet; whoever reads them arms each shortly before."""
+    puppet = Puppet()
+    target = Target(puppet.pid)
+    try:
+        puppet.do("map", "a", 2048, "private")
+        puppet.do("fill", "a", 0, 2048, "first")
+        mine = puppet.pages("a", *range(2048))
+        tracker = target.plant_tracker()
+        found = tracker.round(target.mapped(), target.paused, late=True).pages
+        assert found & mine == mine
+        puppet.do("fill", "a", 100, 1, "before it is read")
+        bulk = new_bulk(-1, puppet.pid)
+        lib.lm_bulk_arm(bulk, tracker.pagemap.fd)
+        lib.lm_bulk_begin(bulk, parts := pack_parts([(mine, 0)]), 1)
+        batches = 0
+        while not (err := lib.lm_bulk_fill(bulk)):
+            half += 1
+            if (
+                half == 2048 // 32 // 2
+            ):  # its first half was read, its second half begins in another 4 MiB or two
+                puppet.do("fill", "a", 3, 1, "behind the reader")
+                puppet.do("fill", "a", 2040, 1, "far ahead of it")
+        del parts
+        assert err == errno.ENODATA
+        assert tracker.round(target.mapped(), target.paused).pages & mine == puppet.pages("a", 3)
+        puppet.do("fill", "a", 1500, 2, "behind it all")
+        assert tracker.round(target.mapped(), target.paused).pages & mine == puppet.pages("a", 1500, 1501)
+    finally:
+        target.close()
+        puppet.close()

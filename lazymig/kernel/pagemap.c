@@ -9,6 +9,10 @@ struct pm_scan_arg {
 	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
 };
 #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#define SCAN_WP_MATCHING 1
+#define SCAN_CHECK_WPASYNC 2
+#define IS_PRESENT 8
+#define IS_SWAPPED 16
 
 struct procmap_query {
 	uint64_t size, query_flags, query_addr;
@@ -61,6 +65,19 @@ lm_result lm_pagemap_scan(int pagemap, const lm_scan_query *q, const lm_range *s
 		}
 	}
 	return lm_ok(n);
+}
+
+lm_result lm_pagemap_arm(int pagemap, lm_range span)
+{
+	struct pm_scan_arg a = {
+		.size = sizeof a,
+		.flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
+		.start = span.start,
+		.end = span.end,
+		.category_anyof_mask = IS_PRESENT | IS_SWAPPED,
+	};
+
+	return ioctl(pagemap, PAGEMAP_SCAN, &a) < 0 ? lm_fail(0, errno) : lm_ok(1);
 }
 
 uint64_t lm_regions_select(const lm_region *in, uint64_t n, uint64_t must, uint64_t must_not, lm_range *out)

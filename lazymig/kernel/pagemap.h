@@ -22,6 +22,9 @@ typedef struct {
  */
 lm_result lm_pagemap_scan(int pagemap, const lm_scan_query *query, const lm_range *spans, uint64_t nspans,
 			  lm_region *out, uint64_t cap, uint64_t *at, uint64_t *addr);
+/* Protects the pages of `span` that are there, so that a later scan tells which were written since. Stops at memory that
+ * is not registered (EPERM). */
+lm_result lm_pagemap_arm(int pagemap, lm_range span);
 /* The regions with all bits of `must` and none of `must_not`, merged where they touch; returns how many. */
 uint64_t lm_regions_select(const lm_region *in, uint64_t n, uint64_t must, uint64_t must_not, lm_range *out);
 

@@ -241,8 +241,10 @@ class SourceMigration:
                 self._looked = started if look_again else self._looked
                 self.target.refresh_layout(with_flags=True, anew=look_again)
                 assert self.target.tracker is not None
+                # Of the first round's pages all are sent, and those that a layer holds compared before.
+                late = not self.policy.copied and self._parent is None
                 dirty = self.target.tracker.round(
-                    self.target.mapped(), self.target.paused, quick=not look_again
+                    self.target.mapped(), self.target.paused, quick=not look_again, late=late
                 )
             except (SyscallError, ProcessGoneError) as e:
                 if not self._exec_happened(e):
@@ -272,7 +274,7 @@ class SourceMigration:
             await self._send_layout()
             if action is Action.COPY:
                 held = await self._from_parent(dirty.pages)
-                await self._copy(dirty.pages - held, dirty.gone)
+                await self._copy(dirty.pages - held, dirty.gone, late=late)
                 self._lazy = self._lazy - dirty.pages
                 self._punched = self._punched - dirty.pages
             else:
@@ -318,12 +320,14 @@ class SourceMigration:
             }
         )
 
-    async def _copy(self, pages: RangeSet, gone: RangeSet) -> None:
+    async def _copy(self, pages: RangeSet, gone: RangeSet, *, late: bool = False) -> None:
         self._seq += 1
         parts = classify(self.target.layout, pages)
         await self.links.control.send({"t": "round", "seq": self._seq}, gone.to_bytes())
         async with self._braked():
-            await self._send_parts(self._seq, parts)
+            await self._send_parts(
+                self._seq, parts, self.target.tracker.pagemap.fd if late and self.target.tracker else -1
+            )
             await self.links.control.expect("round-done", within=PATIENCE_S + pages.size / 1e6)
 
     @asynccontextmanager
@@ -334,18 +338,20 @@ class SourceMigration:
             yield
             nursery.cancel_scope.cancel()
 
-    async def _send_parts(self, seq: int, parts: list[tuple[RangeSet, int]]) -> None:
+    async def _send_parts(self, seq: int, parts: list[tuple[RangeSet, int]], arm: int = -1) -> None:
         shares = _share(parts, len(self.senders))
         if len(self.senders) == 1:
-            await self._send_share(self.senders[0], seq, shares[0])
+            await self._send_share(self.senders[0], seq, shares[0], arm)
             return
 
         async with trio.open_nursery() as nursery:
             for sender, share in zip(self.senders, shares, strict=True):
-                nursery.start_soon(self._send_share, sender, seq, share)
+                nursery.start_soon(self._send_share, sender, seq, share, arm)
 
-    async def _send_share(self, sender: BulkSender, seq: int, share: list[tuple[RangeSet, int]]) -> None:
-        stats = await sender.send_round(seq, share)
+    async def _send_share(
+        self, sender: BulkSender, seq: int, share: list[tuple[RangeSet, int]], arm: int
+    ) -> None:
+        stats = await sender.send_round(seq, share, arm=arm)
         self._bulk_bytes += stats.bytes_wire
         self._owed = self._owed | stats.skipped
 

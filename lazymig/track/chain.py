@@ -137,10 +137,10 @@ class AdoptedTracker(WpAsyncTracker):
         self._owed = state.owed or RangeSet()
         self.changed: RangeSet | None = None
 
-    def round(self, now: Mapped, paused: Paused, *, quick: bool = False) -> Dirty:
-        """See WpAsyncTracker. The first round is never a quick one."""
+    def round(self, now: Mapped, paused: Paused, *, quick: bool = False, late: bool = False) -> Dirty:
+        """See WpAsyncTracker. The first round is never a quick one, nor late: what it compares has to stay as it is."""
         if self.changed is not None:
-            return super().round(now, paused, quick=quick)
+            return super().round(now, paused, quick=quick, late=late)
         _check_alive(self.uffd)
         seen = _Seen(now, paused)
         found = super().round(now, seen.paused)

@@ -104,8 +104,11 @@ class WpAsyncTracker:
         self.uffd.close()
         self.pagemap.close()
 
-    def round(self, now: Mapped, paused: Paused, *, quick: bool = False) -> Dirty:
+    def round(self, now: Mapped, paused: Paused, *, quick: bool = False, late: bool = False) -> Dirty:
         """One live round: finds and re-arms what was written since the last one.
+
+        A ``late`` one leaves it to whoever sends new memory to arm it just before that (``lm_bulk_arm``): then
+        writes to what was not sent yet cost the process nothing, and need not be sent again.
 
         A ``quick`` one does not look for pages that are gone: the next round that does, or the freeze's scan, finds
         them. And where memory is mostly there, ``pages`` may hold some that are not: they are served as zero.
@@ -126,7 +129,8 @@ class WpAsyncTracker:
                 # Whole VMAs, even where a part counts as known: one that was patched over since would be split.
                 fresh = _whole_vmas(now.all - (known - lost), now.vmas) & now.all
                 failed = self._register(fresh, now)
-        found, again = self.pagemap.scan_each(_FIRST, _short(_vma_pieces(fresh - failed, now.vmas)))
+        first = _EVERYTHING if late else _FIRST
+        found, again = self.pagemap.scan_each(first, _short(_vma_pieces(fresh - failed, now.vmas)))
         dirty = dirty | self._content(found, now)
         # What cannot be tracked, and what changed again meanwhile, counts as written whole.
         untracked = failed | again
