@@ -151,10 +151,8 @@ def test_late_arming_counts_from_the_moment_a_page_is_read():
         lib.lm_bulk_begin(bulk, parts := pack_parts([(mine, 0)]), 1)
         batches = 0
         while not (err := lib.lm_bulk_fill(bulk)):
-            half += 1
-            if (
-                half == 2048 // 32 // 2
-            ):  # its first half was read, its second half begins in another 4 MiB or two
+            batches += 1
+            if batches == 1:
                 puppet.do("fill", "a", 3, 1, "behind the reader")
                 puppet.do("fill", "a", 2040, 1, "far ahead of it")
         del parts
