@@ -2,7 +2,7 @@
  * The unavoidable: what the kernel and the link cost when a program does nothing but move memory.
  *
  *   floor serve ADDRESS PORT MIB     takes MIB into fresh memory, then answers requests with pages; prints "listening"
- *   floor ask ADDRESS PORT MIB       sends MIB out of its memory, then asks for pages; prints one JSON object
+ *   floor ask ADDRESS PORT MIB N     sends MIB out of its memory, then asks for N pages; prints one JSON object
  *   floor local                      userfaultfd alone: UFFDIO_COPY, and a fault that a thread answers; JSON
  *
  * A stream is as fast as one thread writes memory into a socket and another reads it out of it, twice: the second time
@@ -27,7 +27,7 @@
 #include <unistd.h>
 
 #define PAGE 4096ull
-enum { ASKED = 4000, PIECE = 1 << 20, COPIES = 16384, FAULTS = 4000, BATCH = 64 };
+enum { ASKED = 100000, PIECE = 1 << 20, COPIES = 16384, FAULTS = 4000, BATCH = 64 };
 
 static void die(const char *what)
 {
@@ -106,8 +106,7 @@ static int serve(char **argv)
 		all(fd, m, size, 0);
 		all(fd, m, 1, 1); /* that it is all here */
 	}
-	for (int i = 0; i < ASKED; i++) {
-		all(fd, (char *)&asked, sizeof(asked), 0);
+	while (recv(fd, &asked, sizeof(asked), MSG_WAITALL) == sizeof(asked)) {
 		all(fd, m + asked % (size / PAGE) * PAGE, PAGE, 1);
 	}
 	return 0;
@@ -121,7 +120,11 @@ static int ask(char **argv)
 	int fd = socket(AF_INET, SOCK_STREAM, 0);
 	char *m = memory(size), *page = memory(PAGE), word;
 	static uint64_t took[ASKED];
+	const unsigned int asked = (unsigned int)atoi(argv[5]);
 	double mbps[2];
+
+	if (!asked || asked > ASKED)
+		return 2;
 
 	memset(m, 1, size);
 	if (connect(fd, (struct sockaddr *)&there, sizeof(there)))
@@ -134,17 +137,17 @@ static int ask(char **argv)
 		all(fd, &word, 1, 0);
 		mbps[i] = (double)size * 1e3 / (double)(now() - begin);
 	}
-	for (uint64_t i = 0; i < ASKED; i++) {
+	for (uint64_t i = 0; i < asked; i++) {
 		uint64_t number = i * 7919, begin = now();
 
 		all(fd, (char *)&number, sizeof(number), 1);
 		all(fd, page, PAGE, 0);
 		took[i] = now() - begin;
 	}
-	qsort(took, ASKED, sizeof(*took), ascending);
+	qsort(took, asked, sizeof(*took), ascending);
 	printf("{\"stream_mbps\": %.1f, \"stream_again_mbps\": %.1f, \"request_p50_us\": %.2f, "
 	       "\"request_p99_us\": %.2f, \"request_p999_us\": %.2f}\n",
-	       mbps[0], mbps[1], quantile(took, ASKED, 0.5), quantile(took, ASKED, 0.99), quantile(took, ASKED, 0.999));
+	       mbps[0], mbps[1], quantile(took, asked, 0.5), quantile(took, asked, 0.99), quantile(took, asked, 0.999));
 	return 0;
 }
 
@@ -230,10 +233,10 @@ int main(int argc, char **argv)
 {
 	if (argc == 5 && !strcmp(argv[1], "serve"))
 		return serve(argv);
-	if (argc == 5 && !strcmp(argv[1], "ask"))
+	if (argc == 6 && !strcmp(argv[1], "ask"))
 		return ask(argv);
 	if (argc == 2 && !strcmp(argv[1], "local"))
 		return local();
-	fputs("floor serve|ask ADDRESS PORT MIB, or: floor local\n", stderr);
+	fputs("floor serve ADDRESS PORT MIB | ask ADDRESS PORT MIB N | local\n", stderr);
 	return 2;
 }

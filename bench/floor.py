@@ -33,12 +33,13 @@ def _answer(text: str, what: str) -> dict[str, float]:
 
 
 def _through(p: Place, mib: int) -> dict[str, float]:
+    asked = "1000" if p.link.rtt_ms else "4000"
     words = [str(program("floor")), "serve", p.destination.address, str(PORT), str(mib)]
     with p.destination.popen(words, stdout=PIPE) as server:
         assert server.stdout is not None
         server.stdout.readline()
         host, port = p.through(p.source, p.destination, PORT)
-        done = p.source.run([program("floor"), "ask", host, str(port), str(mib)], timeout=120)
+        done = p.source.run([program("floor"), "ask", host, str(port), str(mib), asked], timeout=120)
         return _answer(done.stdout, "client")
 
 

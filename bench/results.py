@@ -98,7 +98,7 @@ class Results:
     facts: dict[str, str] = field(default_factory=dict)
     floor: dict[str, dict[str, float]] = field(default_factory=dict)  # by link
     outcomes: list[Outcome] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what went wrong with the benchmark itself
 
     def outcome(self, name: str) -> Outcome | None:
         """The one of this name."""

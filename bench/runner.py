@@ -52,11 +52,14 @@ def run(chosen: Sequence[Scenario], runs: int, say: Say) -> Results:
     measured = [(s, o) for s, o in zip(chosen, results.outcomes, strict=True) if not o.missing]
     _floors([s for s, _ in measured], results, say)
     order = random.Random(_SEED)
-    for n in range(runs):
-        turn = list(measured)
-        order.shuffle(turn)
-        for s, outcome in turn:
-            _one(s, outcome, results, f"[{n + 1}/{runs}]", say)
+    try:
+        for n in range(runs):
+            turn = list(measured)
+            order.shuffle(turn)
+            for s, outcome in turn:
+                _one(s, outcome, results, f"[{n + 1}/{runs}]", say)
+    except KeyboardInterrupt:
+        results.notes.append("interrupted: not all runs were made")
     results.facts["runs"] = f"{runs} of each, in mixed order"
     results.facts["took"] = f"{(time.monotonic() - began) / 60:.1f} minutes"
     return results
@@ -64,7 +67,12 @@ def run(chosen: Sequence[Scenario], runs: int, say: Say) -> Results:
 
 def _floors(measured: Sequence[Scenario], results: Results, say: Say) -> None:
     for link in dict.fromkeys(s.link for s in measured):
-        results.floor[link.name] = found = floor.measure(link)
+        try:
+            results.floor[link.name] = found = floor.measure(link)
+        except FAILURES as e:
+            results.notes.append(f"the floor of {link.name} could not be measured: {e}")
+            say(results.notes[-1])
+            continue
         say(
             f"floor, {link.name}: {found['stream_mbps']:.0f} MB/s, request {found['request_p50_us']:.0f} us, "
             f"local fault {found['fault_p50_us']:.1f} us"

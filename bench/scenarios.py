@@ -98,9 +98,11 @@ def _sizes() -> Iterator[Scenario]:
             quick = mib == 64 or (mib == 512 and mode in ("hybrid", "stop-and-copy"))
             yield Scenario(f"size/{mib}/{mode}", mode=mode, mib=mib, limits=limits, quick=quick)
     for mib in (64, 512, 2048):
-        for mode in ("stop-and-copy", "postcopy"):
-            quick = mib == 64 or (mib == 512 and mode == "stop-and-copy")
-            yield Scenario(f"size/{mib}/criu-{mode}", tool=CRIU, mode=mode, mib=mib, quick=quick)
+        yield Scenario(
+            f"size/{mib}/criu-stop-and-copy", tool=CRIU, mode="stop-and-copy", mib=mib, quick=mib < 2048
+        )
+    for mib in (64, 512):  # larger ones take minutes
+        yield Scenario(f"size/{mib}/criu-postcopy", tool=CRIU, mode="postcopy", mib=mib, quick=mib == 64)
     yield Scenario("size/512/criu-precopy", tool=CRIU, mode="precopy", mib=512)
     yield Scenario("size/2/hybrid", mib=2, limits={"command_ms": 1000})
 
@@ -110,7 +112,8 @@ def _rates() -> Iterator[Scenario]:
     yield Scenario("rate/0", mib=2048, pages=0, floors={"rate_mbps": 700})
     for pages in (50, 100, 200, 400):
         yield Scenario(f"rate/{pages}/hybrid", mib=512, pages=pages)
-    yield Scenario("rate/200/precopy", mib=512, pages=200, mode="precopy")
+    for pages in (100, 200):
+        yield Scenario(f"rate/{pages}/precopy", mib=512, pages=pages, mode="precopy")
     yield Scenario("rate/200/2048", mib=2048, pages=200, limits=_asked(2048, 200))
 
 
@@ -174,6 +177,15 @@ def _switches() -> Iterator[Scenario]:
         mode="precopy",
         base="rate/200/hybrid",
         switch="punch rounds and lazy pages (--mode precopy)",
+    )
+    yield Scenario(
+        "switch/max-downtime/100ms",
+        mib=512,
+        pages=100,
+        mode="precopy",
+        options=("--max-downtime", "100ms"),
+        base="rate/100/precopy",
+        switch="--max-downtime 100ms",
     )
     yield Scenario(
         "switch/rounds/off",

@@ -94,8 +94,8 @@ def _beyond(o: Outcome, limits: Mapping[str, float], *, least: bool) -> list[str
 
 
 def wrong(found: Results) -> list[str]:
-    """Wrong bytes and failed moves."""
-    return [f"{o.name}: {fault}" for o in found.outcomes for fault in o.faults]
+    """Wrong bytes and failed moves, and what else went wrong."""
+    return [*found.notes, *(f"{o.name}: {fault}" for o in found.outcomes for fault in o.faults)]
 
 
 def beyond(found: Results) -> list[str]:

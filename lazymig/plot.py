@@ -214,7 +214,7 @@ def lines(
     """Lines over an x axis. ``bands``: phases, shaded behind them. Logarithmic axes leave out what is not above 0."""
     d = Drawing()
     top = legend(d, [s.name for s in series], bands) + 6 if len(series) > 1 or bands else _TOP
-    all_x = [x for s in series for x, _ in s.points]
+    all_x = [x for s in series for x, _ in s.points] + [x for b in bands for x in (b.begin, b.end)]
     all_y = [y for s in series for _, y in s.points] + [v for s in series for r in s.ranges for v in r]
     if log_x:
         low, high = (min(all_x), max(all_x)) if all_x else (1.0, 10.0)

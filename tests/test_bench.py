@@ -5,19 +5,35 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from harness import wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from test_plot import parsed
 
-from bench import curve, floor, pages, results, runner, scenarios, stats, tables
+from bench import (
+    curve,
+    floor,
+    pages,
+    redis_client,
+    redis_moves,
+    results,
+    runner,
+    scenarios,
+    stats,
+    tables,
+    touchers,
+)
 from bench.__main__ import main
-from bench.place import BenchError
+from bench.place import BenchError, place
 from bench.programs import program
 from bench.results import Outcome, Results, Run
-from bench.scenarios import Scenario
+from bench.scenarios import Link, Scenario
+from lazymig.demo.hosts import DEVNULL, PIPE, Host
 
 
 def outcome(name="size/64/hybrid", downtimes=(1.0, 2.0, 9.0), **more):
@@ -192,6 +208,13 @@ def test_a_run_that_fails_is_remembered_and_the_others_go_on(monkeypatch):
     assert any("FAILED" in text for text in said)
     assert len(tables.missed(found)) == 2
 
+    def interrupted(s):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(runner.KINDS, "writer", interrupted)
+    found = runner.run(chosen, 2, said.append)
+    assert tables.missed(found) == ["interrupted: not all runs were made"]
+
 
 # ---- files and pages
 
@@ -285,3 +308,67 @@ def test_a_tiny_benchmark_from_end_to_end(monkeypatch, tmp_path, capsys):
     one = parsed(page.read_text())
     for title in ("Rounds", "Where the freeze goes", "Over time", "In figures"):
         assert f">{title}</h2>" in one
+
+
+def test_the_toucher_tells_its_times_and_finds_what_is_wrong(tmp_path):
+    out, go = tmp_path / "out", tmp_path / "go"
+    with subprocess.Popen([program("toucher"), "4", out, go]) as running:
+        try:
+            wait_for("it is ready", lambda: out.exists() and "ready" in out.read_text())
+            poke(running.pid, 4 << 20)
+            go.touch()
+            wait_for("it has read all", lambda: "TOUCHED" in out.read_text())
+        finally:
+            running.kill()
+    text = out.read_text()
+    with pytest.raises(BenchError, match="1 pages are wrong"):
+        touchers._judge(text, Run(), Scenario("x", mib=4))
+    right = text[: text.rindex(" ")] + " 0\n"
+    run = Run()
+    figures = touchers._judge(right, run, Scenario("x", mib=4))
+    assert sum(run.touches) == 1024
+    assert figures["waited_pages"] <= 1024
+    assert figures["touch_ms"] > 0
+
+
+def poke(pid, size):
+    """Makes one word wrong in the only mapping of this size or of a bit more."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        begin, end = (int(n, 16) for n in line.split()[0].split("-"))
+        if size <= end - begin < size + (1 << 20) and "rw-p" in line:
+            with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+                memory.seek(end - size + 8 * 512 * 77)
+                memory.write(b"wrong")
+            return
+    raise AssertionError("no such mapping")
+
+
+def test_the_relay_delays_and_the_floor_sees_it(tmp_path):
+    with place(Link(rtt_ms=2), tmp_path) as p:
+        words = [str(program("floor")), "serve", p.destination.address, "7200", "1"]
+        with p.destination.popen(words, stdout=PIPE) as server:
+            server.stdout.readline()
+            host, port = p.through(p.source, p.destination, 7200)
+            assert host == p.source.address
+            done = p.source.run([program("floor"), "ask", host, str(port), "1", "50"])
+    found = json.loads(done.stdout)
+    assert found["request_p50_us"] >= 2000
+
+
+def test_redis_clients_find_the_server_and_check_its_answers(tmp_path):
+    with Host("redis") as host:
+        (tmp_path / "redis.conf").write_text(redis_moves._CONFIG.format(port=6399, directory=tmp_path))
+        server = host.popen(["redis-server", tmp_path / "redis.conf"], stdout=DEVNULL, stderr=DEVNULL)
+        wait_for("redis-server", lambda: host.run(["redis-cli", "-p", "6399", "PING"]).stdout == "PONG\n")
+        words = [sys.executable, redis_moves._CLIENT, tmp_path / "out", "0.7", "3", "900"]
+        done = host.run([*words, "127.0.0.1:6398", "127.0.0.1:6399"])
+        server.close()
+    assert done.returncode == 0, done.stderr
+    *stretches, last = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert last["answers"] == sum(s[1] for s in stretches) > 100
+    assert (last["wrong"], last["reconnections"]) == (0, 0)
+    client = redis_client.Client(0, [("x", 1)], 1.0, 0.0)
+    client.versions[5], client.tried[5] = 3, 4
+    for version in (3, 4, 2, 5):
+        client.check("bench:0:5", 5, redis_client.value_of("bench:0:5", version))
+    assert client.wrong == 2, "older than acknowledged, newer than sent"
