@@ -70,6 +70,8 @@ def report(found: Results, old: Results | None = None) -> str:
         if some := _with_runs(found, group.name):
             page.section(group.title)
             page.paragraph(group.text, dim=True)
+            if group.name == "rate":
+                _by_rate(page, found)
             _table(page, some, group.figures)
     _switches(page, found)
     _cost(page, found)
@@ -126,6 +128,37 @@ def _table(page: Page, outcomes: Sequence[Outcome], figures: Sequence[str]) -> N
 
 
 # ---- one section each
+
+
+def _by_rate(page: Page, found: Results) -> None:
+    """Downtime and stall by the pages that the writer writes, all else being the same."""
+    alike = {"kind": "writer", "tool": "lazymig", "mib": 512, "threads": 1, "vmas": 0, "link": "veth"}
+    alike |= {"pattern": "random", "options": []}
+    some = [
+        o
+        for o in found.outcomes
+        if o.runs and all(_plain(o.parameters.get(k)) == v for k, v in alike.items())
+    ]
+    series = []
+    for way in dict.fromkeys(o.way for o in some):
+        for figure, name in (("downtime_ms", "downtime"), ("stall_ms", "stall")):
+            known = [(o.parameters["pages"], o.summaries().get(figure)) for o in some if o.way == way]
+            points = sorted((pages, s) for pages, s in known if s)
+            if len(points) > 1:
+                ranges = [(s.low, s.high) for _, s in points]
+                dashed = figure == "stall_ms"
+                series.append(
+                    Series(f"{name}, {way}", [(x, s.median) for x, s in points], ranges, dashed=dashed)
+                )
+    if series:
+        ticks = sorted({x for s in series for x, _ in s.points})
+        chart = plot.lines(series, x_label="pages written in a tick", y_label="ms", log_y=True, x_ticks=ticks)
+        page.figure(chart, "512 MiB, random pages.")
+
+
+def _plain(value: object) -> object:
+    """A parameter as a file keeps it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _changes(page: Page, found: Results, old: Results) -> None:
