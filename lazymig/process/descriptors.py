@@ -14,14 +14,14 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from google.protobuf.message import DecodeError
 
 from lazymig.arch import SYS
-from lazymig.errors import UNSOUND, LazymigError, ProtocolError, Refusal, RefusedError, told
+from lazymig.errors import UNSOUND, LazymigError, ProtocolError, Refusal, RefusedError, told, unsound
 from lazymig.kernel.batch import Batch, Call, Steps
 from lazymig.pb import descriptors_pb2, fdinfo_pb2, remap_file_path_pb2
 from lazymig.process.fd_memfd import fill_memfd, make_memfd, memfd_name, seal, take_memfd
@@ -402,7 +402,8 @@ class DescriptorRestorer:
         """Seals memfds; after all their memory was written."""
         ctx = self._final()
         for m in ctx.dump.memfd:
-            seal(ctx.objects[m.head.dev, m.head.ino], m)
+            with _naming(m.head.name):
+                seal(ctx.objects[m.head.dev, m.head.ino], m)
 
     def shipped(self) -> None:
         """Closes this process's own copies: the husk has them now. Objects stay until `close`."""
@@ -468,19 +469,26 @@ class DescriptorRestorer:
         return [(e, kind_of_type(e.type)) for e in ctx.dump.file if e.id in open_ids and e.id < SPECIAL_ID]
 
     def _make_objects(self, ctx: RestoreContext) -> None:
-        final = ctx.dump.content
         for m in ctx.dump.memfd:
-            key = (m.head.dev, m.head.ino)
-            if key not in self._objects:
-                self._objects[key] = make_memfd(m)
-            fill_memfd(self._objects[key], m)
+            with _naming(m.head.name):
+                self._memfd(m)
         for g in ctx.dump.ghost:
-            key = ghost_key(g)
-            if key not in self._objects:
-                if g.same:
-                    raise ProtocolError("a file's content is said to be known, but it is not")
-                self._objects[key] = make_ghost(g, ctx)
-            fill_ghost(self._objects[key], g, final)
+            with _naming(g.name):
+                self._ghost(g, ctx)
+
+    def _memfd(self, m: descriptors_pb2.Memfd) -> None:
+        key = (m.head.dev, m.head.ino)
+        if key not in self._objects:
+            self._objects[key] = make_memfd(m)
+        fill_memfd(self._objects[key], m)
+
+    def _ghost(self, g: descriptors_pb2.Ghost, ctx: RestoreContext) -> None:
+        key = ghost_key(g)
+        if key not in self._objects:
+            if g.same:
+                raise ProtocolError("a file's content is said to be known, but it is not")
+            self._objects[key] = make_ghost(g, ctx)
+        fill_ghost(self._objects[key], g, ctx.dump.content)
 
     def _make(self, kind: Kind, entry: fdinfo_pb2.file_entry, ctx: RestoreContext) -> int:
         try:
@@ -507,6 +515,17 @@ class DescriptorRestorer:
         return DescriptorError(
             f"cannot be made: {e.strerror}", subject=ctx.subject(entry.id, what), hint=hint
         )
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Around the making of a file without a name: errors say which."""
+    try:
+        with unsound("a file without a name", told(name)):
+            yield
+    except OSError as e:
+        hint = "check space and permissions at the destination"
+        raise DescriptorError(f"cannot be made: {e.strerror}", subject=told(name), hint=hint) from e
 
 
 def _make_room(more: int) -> None:

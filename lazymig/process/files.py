@@ -60,6 +60,8 @@ class FileFacts:
         numbers = (facts.size, facts.mtime_ns, facts.mode, facts.dev, facts.ino)
         if not all(isinstance(n, int) and 0 <= n < 1 << 64 for n in numbers):
             raise ProtocolError("a file's numbers are no numbers")
+        if facts.mode >> 16:
+            raise ProtocolError("a file has an impossible mode")
         if not isinstance(facts.build_id, bytes) or len(facts.build_id) > 64:
             raise ProtocolError("a build-id is too long")
         if not isinstance(facts.path, str) or not path_is_safe(facts.path):

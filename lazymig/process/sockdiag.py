@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 
 from lazymig.arch import SYS
-from lazymig.errors import SyscallError
+from lazymig.errors import SyscallError, unsound
 from lazymig.process import calls
 
 _BY_FAMILY = 20  # SOCK_DIAG_BY_FAMILY
@@ -69,7 +69,16 @@ def unix_info(sock: socket.socket, ino: int) -> UnixInfo | None:
     any_cookie = 0xFFFFFFFF
     req = struct.pack("BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, ino, _SHOW, any_cookie, any_cookie)
     sock.send(struct.pack("IHHII", 16 + len(req), _BY_FAMILY, _REQUEST, ino, 0) + req)
-    data = sock.recv(8192)
+    return parse_unix(sock.recv(8192))
+
+
+def parse_unix(data: bytes) -> UnixInfo | None:
+    """One answer (struct unix_diag_msg of linux/unix_diag.h, and attributes); None when it is an error's."""
+    with unsound("a sock_diag answer"):
+        return _parse_unix(data)
+
+
+def _parse_unix(data: bytes) -> UnixInfo | None:
     length, kind = struct.unpack_from("IH", data)
     if kind == _ERROR:
         return None
