@@ -81,17 +81,23 @@ class Recording:
         return list(first.values())
 
 
-def record(tmp: Path, *options: str) -> Recording:
-    """Moves a program that uses much of what can be moved, and writes down what was said."""
+_recorded: list[Recording] = []
+
+
+def record(tmp: Path) -> Recording:
+    """Moves a program that uses much of what can be moved, and writes down what was said; once in a process."""
+    if not _recorded:
+        _recorded.append(_record(tmp))
+    return _recorded[0]
+
+
+def _record(tmp: Path) -> Recording:
     out = tmp / "frames"
     with two_hosts() as (source, destination), Daemon(destination, destination.address) as daemon:
         wanted = ("--mib", "1", "--threads", "1", "--timers", "--signals", "--shared", "--odd")
         writer = Writer(source, tmp / "recorded", *wanted)
 
-        class Recorded(Migration):
-            pass
-
-        with _command(out), Recorded(source, writer.pid, daemon.to, *options) as running:
+        with _command(out), Migration(source, writer.pid, daemon.to) as running:
             moved(running.finish())
     return Recording.read(out)
 
