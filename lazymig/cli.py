@@ -8,6 +8,8 @@ nothing was touched; 4 failed after commit. ``check`` has its own: 0 source and 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +17,7 @@ import click
 
 from lazymig import html_report, report
 from lazymig.checkpoint_cli import dump, restore
-from lazymig.cli_kit import ADDRESS, AS_JSON, SIZE, TCP_CLOSE, TIME, run, stdio
+from lazymig.cli_kit import ADDRESS, AS_JSON, SIZE, TCP_CLOSE, TIME, run, stdio, wire
 from lazymig.dropin_cli import page_server, run_lazy_pages
 from lazymig.errors import LazymigError, RefusedError
 from lazymig.images_cli import images
@@ -134,6 +136,12 @@ def check(as_json: bool, no_cache: bool) -> None:
     help=f"Where a daemon started later finds what this one had under way.  [default: {opt.STATE_ROOT}/daemon-PORT]",
 )
 @LINK_TIMEOUT
+@click.option(
+    "--policy",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Who may send, what may run here, and how much (docs/policy.md). SIGHUP reads it again.",
+)
+@wire
 @AS_JSON
 def lazy_pages(
     listen: tuple[tuple[str, int], ...],
@@ -146,12 +154,14 @@ def lazy_pages(
     status_fd: int | None,
     state_dir: Path | None,
     link_timeout: float,
+    policy: Path | None,
+    wire: Callable[[], opt.Wire],
     as_json: bool,
 ) -> None:
     """Receive processes: the daemon of the destination. With -D: the drop-in for criu lazy-pages.
 
-    Whoever can connect can have a program run here as root, and nothing is encrypted. So it listens on
-    loopback unless an address is given; give one that only trusted hosts reach.
+    Whoever can connect can have a program run here as root. So beyond loopback it wants certificates
+    (`lazymig keys` makes them) or --insecure.
     """
     if images_dir is not None:
         if from_server and port is None:
@@ -164,7 +174,11 @@ def lazy_pages(
     shown = report.JsonReporter(sys.stdout) if as_json else report.DaemonReporter(sys.stdout)
     try:
         options = opt.DaemonOptions(
-            listen=tuple(listen), link_timeout_s=link_timeout / 1e3, state_dir=state_dir
+            listen=tuple(listen),
+            link_timeout_s=link_timeout / 1e3,
+            state_dir=state_dir,
+            wire=wire(),
+            policy=policy,
         )
         run_daemon(options, shown.event)
     except LazymigError as e:
@@ -242,6 +256,7 @@ def lazy_pages(
     metavar="FILE.html",
     help="Write a page about this migration: its rounds, where the freeze went, its faults.",
 )
+@wire
 @AS_JSON
 def migrate(
     pid: int | None,
@@ -261,6 +276,7 @@ def migrate(
     link_timeout: float,
     resume: str | None,
     page: Path | None,
+    wire: Callable[[], opt.Wire],
     as_json: bool,
 ) -> None:
     """Move the process PID to another host.
@@ -280,7 +296,7 @@ def migrate(
 
         def see_through(shown: report.Reporter) -> None:
             with html_report.told(page, shown.event, f"migration {resume}, taken up again") as event:
-                run_resumed(resume, to, event)
+                run_resumed(resume, to, event, wire())
 
         run(see_through, as_json)
         return
@@ -316,7 +332,7 @@ def migrate(
     def work(shown: report.Reporter) -> None:
         title = f"pid {pid} to {opt.format_address(*to)}, {mode}"
         with html_report.told(page, shown.event, title) as event:
-            run_migration(options, event)
+            run_migration(replace(options, wire=wire()), event)
 
     run(work, as_json)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 from lazymig import report
 from lazymig.errors import LazymigError, RefusedError
 from lazymig.migrate import options as opt
+from lazymig.secure import tls
 
 T = TypeVar("T")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -40,6 +42,53 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object 
 TCP_CLOSE = click.option(
     "--tcp-close", is_flag=True, help="Let established TCP connections be reset instead of refusing."
 )
+
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def wire(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--tls-*`` and ``--insecure``; the command gets a ``wire``."""
+
+    @functools.wraps(command)
+    def with_wire(
+        *args: Any,  # noqa: ANN401
+        tls_ca: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        tls_crl: Path | None,
+        tls_name: str,
+        insecure: bool,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> object:
+        if insecure and (tls_ca or tls_cert or tls_key or tls_crl or tls_name):
+            raise click.UsageError("--insecure and --tls-... contradict each other")
+
+        def choose() -> opt.Wire:
+            """Looked at by the command when it needs one: TlsError for files that cannot be used."""
+            if insecure:
+                return opt.Wire(insecure=True)
+            return opt.Wire(tls.find(tls_ca, tls_cert, tls_key, tls_crl, tls_name))
+
+        return command(*args, wire=choose, **kwargs)
+
+    here = f"[default: in $LAZYMIG_TLS_DIR or {tls.DEFAULT_DIRECTORY}]"
+    for option in (
+        click.option(
+            "--insecure",
+            is_flag=True,
+            help="Plaintext, also beyond this host: whoever is in between reads and changes everything, and whoever "
+            "reaches a daemon has it run programs as root.",
+        ),
+        click.option("--tls-name", default="", metavar="NAME", help="What the peer's certificate must hold, if that "
+                     "is not the address dialled."),
+        click.option("--tls-crl", type=_FILE, help="Certificates that were revoked. [default: crl.pem beside the CA]"),
+        click.option("--tls-key", type=_FILE, help=f"This host's secret key. {here}"),
+        click.option("--tls-cert", type=_FILE, help=f"This host's certificate. {here}"),
+        click.option("--tls-ca", type=_FILE, help=f"The authority that issues certificates, PEM. {here}"),
+    ):  # fmt: skip
+        with_wire = option(with_wire)
+    return with_wire
 
 
 def images_dir(text: str, *, exists: bool = False) -> Decorator:

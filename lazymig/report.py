@@ -161,6 +161,8 @@ _LINES: dict[str, Callable[[Event], str]] = {
 def _listening(e: Event) -> str:
     host = str(e.get("address", ""))
     where = clean(format_address(host, int(number(e, "port"))))
+    if e.get("tls"):
+        return f"listening on {where}: hosts with a certificate of our authority may send processes"
     if is_loopback(host):
         return f"listening on {where}: programs of this host may send processes"
     return (
@@ -172,6 +174,8 @@ def _listening(e: Event) -> str:
 _DAEMON_LINES: dict[str, Callable[[Event], str]] = {
     "listening": _listening,
     "rejected": lambda e: f"rejected: {clean(e.get('reason', ''))}",
+    "reloaded": lambda e: f"the policy was read again: {clean(e.get('policy', ''))}",
+    "warning": lambda e: f"warning: {clean(e.get('text', ''))}",
     "incoming": lambda _: "a process is offered",
     "committing": lambda e: f"pid {number(e, 'pid'):.0f} is about to run here",
     "running": lambda e: f"pid {number(e, 'pid'):.0f} runs here",

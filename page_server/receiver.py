@@ -74,6 +74,13 @@ class BulkReceiver:
         self._lazy = lazy
         lib.lm_receiver_lazy(self._receiver, lazy.table)
 
+    @property
+    def received(self) -> int:
+        """Bytes of this round so far."""
+        stats = ffi.new("lm_receiver_stats *")
+        lib.lm_receiver_get_stats(self._receiver, stats)
+        return int(stats.bytes_wire)
+
     async def round_done(self, seq: int) -> Receipt:
         """Waits for the END of round ``seq`` (in lazy memory: of the push). PeerLostError, ProtocolError, ..."""
         while seq not in self._receipts:

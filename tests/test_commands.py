@@ -90,9 +90,9 @@ def test_daemon_says_where_and_who_and_ends_on_a_signal():
 
 
 def test_daemon_warns_of_addresses_that_others_reach():
-    with daemon("--listen", f"0.0.0.0:{free_port()}") as (_, line):
+    with daemon("--insecure", "--listen", f"0.0.0.0:{free_port()}") as (_, line):
         assert "runs here as root" in line
-    with daemon("--json", "--listen", f"0.0.0.0:{free_port()}") as (_, line):
+    with daemon("--json", "--insecure", "--listen", f"0.0.0.0:{free_port()}") as (_, line):
         event = json.loads(line)
         assert event["event"] == "listening"
         assert event["insecure"] is True

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -20,6 +20,7 @@ from lazymig.demo.hosts import PIPE, Host, HostError
 Event = dict[str, object]
 PORT = 7077
 COMMAND = (sys.executable, "-m", "lazymig")
+INSECURE = ("--insecure",)  # the isolated hosts' network is this machine's alone
 
 
 class Command:
@@ -93,11 +94,13 @@ class Daemon(Command):
         *arguments: str,
         port: int = PORT,
         env: Mapping[str, str] | None = None,
+        wire: Sequence[str] = INSECURE,
     ) -> None:
+        """``wire``: the options that say how connections are protected."""
         # The hosts share the machine's /run.
         self._state = tempfile.TemporaryDirectory(prefix="lazymig-state-", ignore_cleanup_errors=True)
         state = () if "--state-dir" in arguments else ("--state-dir", self._state.name)
-        listen = ("--listen", f"{address}:{port}", "--json")
+        listen = ("--listen", f"{address}:{port}", "--json", *wire)
         super().__init__(host, "lazy-pages", *listen, *state, *arguments, env=env)
         self.to = f"{address}:{port}"
         try:
@@ -158,10 +161,16 @@ class Migration(Command):
     """A running ``lazymig migrate PID --to ADDR``."""
 
     def __init__(
-        self, source: Host, pid: int, to: str, *arguments: str, env: Mapping[str, str] | None = None
+        self,
+        source: Host,
+        pid: int,
+        to: str,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        wire: Sequence[str] = INSECURE,
     ) -> None:
         self._began = time.monotonic()
-        super().__init__(source, "migrate", str(pid), "--to", to, "--json", *arguments, env=env)
+        super().__init__(source, "migrate", str(pid), "--to", to, "--json", *wire, *arguments, env=env)
 
     def finish(self, timeout: float = 100) -> Move:
         """Waits for the end."""
@@ -183,9 +192,10 @@ def migrate(
     *arguments: str,
     timeout: float = 100,
     env: Mapping[str, str] | None = None,
+    wire: Sequence[str] = INSECURE,
 ) -> Move:
     """Runs ``lazymig migrate`` to its end."""
-    with Migration(source, pid, to, *arguments, env=env) as running:
+    with Migration(source, pid, to, *arguments, env=env, wire=wire) as running:
         try:
             return running.finish(timeout)
         except TimeoutError:

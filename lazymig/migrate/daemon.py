@@ -17,12 +17,14 @@ import trio
 from lazymig.errors import UNSOUND, LazymigError, ProtocolError
 from lazymig.migrate import registry
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame
+from lazymig.migrate.gate import Caller, Gate
 from lazymig.migrate.links import CAPABILITIES, tune_trio
 from lazymig.migrate.options import DaemonOptions, format_address
 from lazymig.migrate.session import first_error
 from lazymig.migrate.spawner import Spawner, send_fds
 from lazymig.migrate.states import JUDGEMENTS, Verdict, Word
 from lazymig.migrate.worker import dial_worker, was_let_go, worker
+from lazymig.secure.tls import TlsError
 
 Event = dict[str, Any]
 MAX_MIGRATIONS = 64
@@ -30,6 +32,7 @@ MAX_REMEMBERED = 1024
 _HELLO_TIMEOUT_S = 10.0
 _RELEASED_TIMEOUT_S = 5.0
 _TOO_EARLY_OR_LATE = ("in-use", "keeper-lost")  # a successor
+_IN_PLAIN_WORDS = ("tls-required", "tls-not-spoken")  # the other refusals were told by TLS itself
 _REVIVE_AFTER_S = 0.1
 _REVIVE_AT_MOST_S = 10.0
 _RUNS = ("running", "paused", "done")  # it was let go here: nothing leads back from that
@@ -48,6 +51,7 @@ class Incoming:
     word: Word = Word.NOTHING  # of its worker; what else that tells of does not bear on the verdict
     seen: bool = False  # its worker has ended, and the process runs
     failure: Event | None = None  # what its worker ended with last
+    certificate: str = ""  # the source's: its further connections must show the same
 
     @property
     def verdict(self) -> Verdict:
@@ -61,13 +65,28 @@ class Incoming:
 class Daemon:
     """Accepts migrations until it is cancelled."""
 
-    def __init__(self, spawner: Spawner, options: DaemonOptions, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        spawner: Spawner,
+        options: DaemonOptions,
+        on_event: Callable[[Event], None],
+        gate: Gate | None = None,
+    ) -> None:
         self._spawner = spawner
+        self._gate = gate or Gate(options)
         self._options = options
         self._emit = on_event
         self._directory = options.state_directory
         self._incoming: dict[str, Incoming] = {}
         self._nursery: trio.Nursery
+
+    def reload(self) -> None:
+        """Reads the policy file again, which then counts for new connections; an unsound one changes nothing."""
+        try:
+            self._gate.reload()
+            self._emit({"event": "reloaded", "policy": self._gate.policy.path})
+        except LazymigError as e:
+            self._emit({"event": "warning", "text": f"the policy stays as it was: {e}"})
 
     async def serve(self) -> None:
         """Listens on all addresses."""
@@ -91,36 +110,51 @@ class Daemon:
                         "address": bound[0],
                         "port": bound[1],
                         "insecure": self._options.insecure,
+                        "tls": self._options.wire.tls is not None,
                         "pid": os.getpid(),
                     }
                 )
             await trio.serve_listeners(self._connected, listeners)
 
     async def _connected(self, stream: trio.SocketStream) -> None:
-        peer = format_address(*stream.socket.getpeername()[:2])
+        try:
+            host, port = stream.socket.getpeername()[:2]
+        except OSError:
+            return  # it is gone already
+        peer = format_address(host, port)
         channel = Channel(stream, peer)
         try:
             tune_trio(stream, self._options.link_timeout_s)
+            admitted = await self._gate.admit(stream)
+            stream = admitted.stream
+            channel = Channel(stream, peer)
             with trio.fail_after(_HELLO_TIMEOUT_S):
                 frame, _ = await channel.receive(max_body=MAX_HELLO)
-                await self._hello(channel, stream, frame)
+                await self._hello(channel, stream, frame, Caller(host, admitted.peer))
         except (LazymigError, trio.TooSlowError, OSError, *UNSOUND) as e:  # one peer must not end the daemon
             error = e if isinstance(e, LazymigError) else ProtocolError(f"an unsound hello: {e!r}")
             self._emit({"event": "rejected", "peer": peer, "reason": str(error)})
-            await channel.send_error(error)
+            if not isinstance(error, TlsError) or error.code in _IN_PLAIN_WORDS:
+                await channel.send_error(error)
         finally:
             await channel.aclose()
 
-    async def _hello(self, channel: Channel, stream: trio.SocketStream, frame: Frame) -> None:
+    async def _hello(self, channel: Channel, stream: trio.SocketStream, frame: Frame, caller: Caller) -> None:
         if frame["t"] != "hello" or frame.get("version") != VERSION:
             raise ProtocolError(f"version {frame.get('version')} is not spoken here; this is {VERSION}")
         role = frame.get("role")
         if role == "control":
-            await self._new(channel, stream)
+            await self._new(channel, stream, caller)
             return
         incoming = self._incoming.get(str(frame["id"]))
         if incoming is None or not secrets.compare_digest(incoming.secret, str(frame["secret"])):
             raise ProtocolError("no such migration", code="unknown-migration")
+        if incoming.certificate != caller.certificate:
+            raise ProtocolError(
+                "another certificate than that of the migration's control connection",
+                code="other-certificate",
+                subject=str(caller.peer or "none"),
+            )
         if role == "verdict":
             await channel.send({"t": "verdict", "verdict": str(incoming.verdict)})
         elif role in ("bulk", "fault"):
@@ -154,10 +188,13 @@ class Daemon:
         hello = {"role": "resume", "epoch": int(frame["epoch"]), "streams": int(frame["streams"])}
         _hand_over(stream, incoming, {**hello, "peer": channel.peer})
 
-    async def _new(self, channel: Channel, stream: trio.SocketStream) -> None:
+    async def _new(self, channel: Channel, stream: trio.SocketStream, caller: Caller) -> None:
+        policy = self._gate.policy
+        policy.check_peer(caller.peer.names if caller.peer else (), caller.host)
         active = [i for i in self._incoming.values() if i.data.fileno() >= 0]
         if len(active) >= MAX_MIGRATIONS:
             raise LazymigError(f"{len(active)} migrations are under way", code="busy", hint="try again later")
+        policy.check_limit("migrations", len(active) + 1)
         over = [k for k, i in self._incoming.items() if i.state in ("done", "aborted", "gone", "unknown")]
         for oldest in over[: max(0, len(self._incoming) - MAX_REMEMBERED + 1)]:
             del self._incoming[oldest]
@@ -166,10 +203,14 @@ class Daemon:
         await channel.send({**welcome, "capabilities": CAPABILITIES})
         _blocking(stream)
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as control:
-            meta = {"id": migration, "peer": channel.peer, "secret": secret}
+            meta = {"id": migration, "peer": channel.peer, "secret": secret, "policy": policy.text}
+            meta |= {"certificate": caller.certificate}
             data = self._spawner.spawn({**meta, "directory": str(self._directory)}, control)
-        incoming = self._incoming[migration] = Incoming(secret, channel.peer, data)
-        self._emit({"event": "incoming", "id": migration, "peer": channel.peer})
+        incoming = self._incoming[migration] = Incoming(
+            secret, channel.peer, data, certificate=caller.certificate
+        )
+        who = {"names": list(caller.peer.names)} if caller.peer else {}
+        self._emit({"event": "incoming", "id": migration, "peer": channel.peer, **who})
         self._nursery.start_soon(self._watch, migration, incoming)
 
     async def _watch(self, migration: str, incoming: Incoming) -> None:
@@ -258,6 +299,7 @@ class Daemon:
                 registry.forget(self._directory, entry["id"])
                 continue
             incoming = Incoming(str(entry["secret"]), str(entry["peer"]), data, pid=int(entry.get("pid", 0)))
+            incoming.certificate = str(entry.get("certificate", ""))
             if entry["state"] in _RUNS:
                 incoming.state, incoming.word = "paused", Word.RUNNING
             else:
@@ -294,25 +336,33 @@ def _blocking(stream: trio.SocketStream) -> None:
 def run_daemon(options: DaemonOptions, on_event: Callable[[Event], None]) -> None:
     """Runs the daemon until SIGINT or SIGTERM. Raises LazymigError when it cannot listen, or its state is in use."""
     directory = registry.private_directory(options.state_directory)
+    for host, _ in options.listen:
+        options.wire.protection(host)
     spawner = Spawner(worker)
-    lock = -1
+    lock, gate = -1, None
     try:
+        gate = Gate(options)
         lock = registry.lock_directory(
             directory
         )  # after the fork: workers outlive the daemon, and must not have it
-        trio.run(_until_told, Daemon(spawner, options, on_event))
+        trio.run(_until_told, Daemon(spawner, options, on_event, gate))
     except BaseExceptionGroup as group:
         raise first_error(group) from None
     finally:
         spawner.close()
+        if gate is not None:
+            gate.close()
         if lock >= 0:
             registry.unlock_directory(directory, lock)
 
 
 async def _until_told(daemon: Daemon) -> None:
     # The handlers are there before anybody is told that the daemon listens, and end it at a place of its own choice.
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(daemon.serve)
-            async for _ in signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    daemon.reload()
+                    continue
                 nursery.cancel_scope.cancel()

@@ -24,7 +24,6 @@ from lazymig.migrate.builder import Builder
 from lazymig.migrate.capture import Capture
 from lazymig.migrate.channel import PATIENCE_S, Channel
 from lazymig.migrate.lazy_phase import Connection, LazyPhase
-from lazymig.migrate.links import idle_s
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
 from lazymig.migrate.registry import Entry, start_time
@@ -227,12 +226,13 @@ class DestinationMigration:
             r.open_gate(seq, self._built.memory.layout.ranges())
 
     async def _placed(self, seq: int) -> None:
-        for r, sock in zip(self.receivers, self._bulk, strict=True):
+        for r in self.receivers:
             receipt = None
             while receipt is None:
+                before = r.received
                 with trio.move_on_after(PATIENCE_S):
                     receipt = await r.round_done(seq)
-                if receipt is None and idle_s(sock) > PATIENCE_S:
+                if receipt is None and r.received == before:
                     # The source's host keeps the connection alive without it.
                     raise self.control.stuck(PATIENCE_S)
             self._built.drop(receipt.zero & self._built.memory.layout.ranges())

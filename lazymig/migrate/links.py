@@ -1,7 +1,8 @@
 """The connections of one migration as the source makes them: control, bulk (one or more) and faults.
 
 Each starts with a hello frame. The daemon answers the control connection's hello with the migration's id and a
-secret; the others name both, so that nobody else can add a connection to a migration.
+secret; the others name both, so that nobody else can add a connection to a migration. With TLS they must also come
+with the same certificate.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame, decode_body, encode
-from lazymig.migrate.options import MigrateOptions
+from lazymig.migrate.options import MigrateOptions, format_address
 from lazymig.migrate.states import Verdict
+from lazymig.secure.doors import doors_of
+from lazymig.secure.tls import Credentials, TlsError
 
 CAPABILITIES = ["zero-ranges", "punch-rounds", "lz4", "zstd", "ship-files"]
 _HEAD = 8
 _VERDICT_TIMEOUT_S = 5.0
 _PINGS = 5
-_LAST_DATA_RECV = 52  # tcpi_last_data_recv of struct tcp_info (linux/tcp.h), ms
 _PROBES = 4  # keep-alives without an answer that end a connection
 
 
@@ -38,20 +40,35 @@ def tune(sock: socket.socket, timeout_s: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
 
 
-def idle_s(sock: socket.socket) -> float:
-    """Seconds since data came last; 0 for what is no TCP connection."""
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64)
-    except OSError:
-        return 0.0
-    return int.from_bytes(info[_LAST_DATA_RECV : _LAST_DATA_RECV + 4], "little") / 1e3
-
-
 def tune_trio(stream: trio.SocketStream, timeout_s: float) -> None:
     """The same for a trio stream."""
     if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as twin:
             tune(twin, timeout_s)
+
+
+async def _dial(options: MigrateOptions) -> trio.SocketStream:
+    """A connection to the daemon, behind TLS where there are certificates. OSError, TlsError, OptionError."""
+    tls = options.wire.protection(options.host)
+    stream = await trio.open_tcp_stream(options.host, options.port)
+    tune_trio(stream, options.link_timeout_s)
+    if tls is None:
+        return stream
+    tcp = socket.socket(fileno=stream.socket.detach())
+    plain = await trio.to_thread.run_sync(_behind_door, tls, tcp, options, abandon_on_cancel=True)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(plain))
+
+
+def _behind_door(tls: Credentials, tcp: socket.socket, options: MigrateOptions) -> socket.socket:
+    with tcp:
+        try:
+            plain, _ = doors_of(tls).open(
+                tcp, server=False, name=options.host, timeout_s=options.connect_timeout_s
+            )
+        except TlsError as e:
+            e.subject = e.subject or format_address(options.host, options.port)
+            raise
+    return plain
 
 
 class Links:
@@ -89,8 +106,7 @@ class Links:
         self.epoch += 1
         try:
             with trio.fail_after(options.connect_timeout_s):
-                stream = await trio.open_tcp_stream(options.host, options.port)
-                tune_trio(stream, options.link_timeout_s)
+                stream = await _dial(options)
                 self.control = Channel(stream, self.control.peer)
                 hello = {"epoch": self.epoch, "streams": options.streams}
                 await self.control.send({**self._hello("resume"), **hello})
@@ -107,7 +123,7 @@ class Links:
         """Asks the destination's daemon, over a new connection, what became of this migration."""
         try:
             with trio.fail_after(_VERDICT_TIMEOUT_S):
-                stream = await trio.open_tcp_stream(options.host, options.port)
+                stream = await _dial(options)
                 async with stream:
                     channel = Channel(stream, self.control.peer)
                     await channel.send(self._hello("verdict"))
@@ -128,7 +144,7 @@ async def connect(options: MigrateOptions) -> Links:
     peer = f"{options.host}:{options.port}"
     try:
         with trio.fail_after(options.connect_timeout_s):
-            stream = await trio.open_tcp_stream(options.host, options.port)
+            stream = await _dial(options)
     except (OSError, trio.TooSlowError) as e:
         raise PeerLostError(
             f"no daemon answers there ({e})",
@@ -136,7 +152,6 @@ async def connect(options: MigrateOptions) -> Links:
             subject=peer,
             hint="start `lazymig lazy-pages --listen ADDR:PORT` on the destination",
         ) from e
-    tune_trio(stream, options.link_timeout_s)
     control = Channel(stream, peer)
     try:
         with trio.fail_after(options.connect_timeout_s):
@@ -172,6 +187,9 @@ def _connect_raw(options: MigrateOptions, hello: dict[str, object]) -> socket.so
         raise PeerLostError(f"no further connection ({e})", subject=peer) from e
     try:
         tune(sock, options.link_timeout_s)
+        if (tls := options.wire.protection(options.host)) is not None:
+            sock = _behind_door(tls, sock, options)
+        sock.settimeout(options.connect_timeout_s)
         sock.sendall(encode(hello))
         head = _read_exactly(sock, _HEAD)
         length = int.from_bytes(head[:4], "little")

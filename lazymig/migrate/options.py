@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from lazymig.errors import LazymigError
+from lazymig.secure.tls import Credentials
 
 DEFAULT_PORT = 7077
 DEFAULT_MAX_DOWNTIME_MS = 5.0
@@ -51,6 +52,26 @@ class Codec(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Wire:
+    """How this host's connections are protected."""
+
+    tls: Credentials | None = None  # None: plaintext
+    insecure: bool = False  # plaintext may leave this host
+
+    def protection(self, host: str) -> Credentials | None:
+        """What connections with ``host`` use. OptionError: neither certificates nor leave to do without."""
+        if self.tls is None and not self.insecure and not is_loopback(host):
+            raise OptionError(
+                "there is no certificate, and plaintext does not leave this host",
+                code="no-certificate",
+                subject=host,
+                hint="`lazymig keys init` and `keys issue HOST` make some; with --insecure whoever is in between "
+                "reads and changes what crosses, and whoever reaches the daemon runs programs there as root",
+            )
+        return self.tls
+
+
+@dataclass(frozen=True, slots=True)
 class MigrateOptions:
     """One migration, as the source sees it."""
 
@@ -72,6 +93,7 @@ class MigrateOptions:
     streams: int = 1  # bulk connections
     connect_timeout_s: float = 10.0
     link_timeout_s: float = DEFAULT_LINK_TIMEOUT_S  # a peer silent for so long is lost
+    wire: Wire = Wire()
 
     def __post_init__(self) -> None:
         if self.pid <= 0:
@@ -100,6 +122,8 @@ class DaemonOptions:
     listen: tuple[tuple[str, int], ...] = ((LOOPBACK, DEFAULT_PORT),)
     link_timeout_s: float = DEFAULT_LINK_TIMEOUT_S  # a peer silent for so long is lost
     state_dir: Path | None = None  # where the next daemon finds what this one had under way
+    wire: Wire = Wire()
+    policy: Path | None = None
 
     @property
     def state_directory(self) -> Path:
@@ -113,8 +137,8 @@ class DaemonOptions:
 
     @property
     def insecure(self) -> bool:
-        """True when somebody on another host may connect: the wire is neither encrypted nor authenticated."""
-        return not all(is_loopback(host) for host, _ in self.listen)
+        """True when anybody on another host may connect: the wire is neither encrypted nor authenticated."""
+        return self.wire.tls is None and not all(is_loopback(host) for host, _ in self.listen)
 
 
 @dataclass(frozen=True, slots=True)

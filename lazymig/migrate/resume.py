@@ -22,7 +22,7 @@ from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import registry
 from lazymig.migrate.channel import Channel
 from lazymig.migrate.links import Links
-from lazymig.migrate.options import Codec, MigrateOptions, Mode, format_address
+from lazymig.migrate.options import Codec, MigrateOptions, Mode, Wire, format_address
 from lazymig.migrate.serve import Serving
 from lazymig.migrate.states import SOURCE_AGAIN, SOURCE_STEPS, Act, Machine, Source, Verdict, asked
 from lazymig.process.vmas import TASK_SIZE
@@ -54,9 +54,14 @@ class ResumedMigration:
     """One migration whose engine died after commit; `run` sees it through. Looks like a SourceMigration."""
 
     def __init__(
-        self, number: str, address: tuple[str, int] | None, on_event: Callable[[Event], None]
+        self,
+        number: str,
+        address: tuple[str, int] | None,
+        on_event: Callable[[Event], None],
+        wire: Wire | None = None,
     ) -> None:
-        """``address``: where the destination is now, if not where it was."""
+        """``address``: where the destination is now, if not where it was. ``wire``: how it is reached by now."""
+        self._wire = wire or Wire()
         self.number, self.emit = number, on_event
         self._address = address
         self.committed = True
@@ -82,6 +87,7 @@ class ResumedMigration:
         if entry.pop("alive"):
             raise LazymigError("somebody sees to it already", code="in-use", subject=self.number)
         saved = dict(entry["options"])
+        saved["wire"] = self._wire
         options = MigrateOptions(**{**saved, "mode": Mode(saved["mode"]), "codec": Codec(saved["codec"])})
         if self._address is not None:
             options = replace(options, host=self._address[0], port=self._address[1])

@@ -21,18 +21,21 @@ import trio
 
 from lazymig.errors import CancelledMigrationError, LazymigError, ProcessGoneError, RefusedError
 from lazymig.kernel import procfs, ptrace
-from lazymig.migrate.options import MigrateOptions
+from lazymig.migrate.options import MigrateOptions, Wire
 from lazymig.migrate.placement import give_way
 from lazymig.migrate.resume import ResumedMigration
 from lazymig.migrate.source import SourceMigration
+from lazymig.secure.doors import doors_of
 
 Event = dict[str, Any]
 Make = Callable[[Callable[[Event], None]], SourceMigration | ResumedMigration]
 
 
-def run_resumed(number: str, address: tuple[str, int] | None, on_event: Callable[[Event], None]) -> None:
+def run_resumed(
+    number: str, address: tuple[str, int] | None, on_event: Callable[[Event], None], wire: Wire | None = None
+) -> None:
     """Sees a migration through whose engine died after commit; else as `run_migration`."""
-    _run(lambda emit: ResumedMigration(number, address, emit), on_event, None)
+    _run(lambda emit: ResumedMigration(number, address, emit, wire), on_event, None, wire or Wire())
 
 
 def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) -> None:
@@ -40,10 +43,11 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
 
     Raises LazymigError only when the engine itself broke down without a word.
     """
-    _run(lambda emit: SourceMigration(options, emit), on_event, options.pid)
+    options.wire.protection(options.host)
+    _run(lambda emit: SourceMigration(options, emit), on_event, options.pid, options.wire)
 
 
-def _run(make: Make, on_event: Callable[[Event], None], pid: int | None) -> None:
+def _run(make: Make, on_event: Callable[[Event], None], pid: int | None, wire: Wire) -> None:
     """``pid``: of a process that runs here; None when it was handed over before."""
     stopped_before = pid is None or _stopped(pid)
     ours, theirs = socket.socketpair()
@@ -56,6 +60,8 @@ def _run(make: Make, on_event: Callable[[Event], None], pid: int | None) -> None
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if wire.tls is not None:
+                doors_of(wire.tls)  # forks: nothing else may have begun
             status = _engine(make, theirs)
         except BaseException as e:  # the child must never return into the caller's code
             _tell(theirs, {"event": "failed", "error": LazymigError(repr(e), code="internal").to_wire()})

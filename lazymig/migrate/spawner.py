@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 
 _FDS = 2
-_MAX_META = 16384
+_MAX_META = 64 << 10
 
 # What a worker does: its socket to the daemon, what it must know, and the control connection of a new migration.
 Work = Callable[[socket.socket, Mapping[str, Any], socket.socket | None], None]

@@ -118,6 +118,7 @@ def worker(data: socket.socket, meta: Mapping[str, Any], control: socket.socket 
 
 async def _receive(data: socket.socket, meta: Mapping[str, Any], control: socket.socket) -> None:
     fields = {"role": "destination", "peer": meta["peer"], "secret": meta["secret"]}
+    fields["certificate"] = meta["certificate"]
     entry = Entry(Path(meta["directory"]), meta["id"], **fields)
     links = Worker(data, entry)
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))

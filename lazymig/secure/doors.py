@@ -10,14 +10,12 @@ memory but its own; and nothing of it competes for the interpreter. It ends with
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import socket
-from functools import partial
 from typing import Any
-
-import trio
 
 from lazymig.errors import LazymigError
 from lazymig.secure.tls import Context, Credentials, Peer, TlsError, unprivileged
@@ -81,12 +79,11 @@ class Doors:
             )
         return plain, Peer(tuple(said["names"]), said["fingerprint"])
 
-    async def open_async(
-        self, tcp: socket.socket, *, server: bool, name: str = "", timeout_s: float = HANDSHAKE_S
-    ) -> tuple[socket.socket, Peer]:
-        """`open` for trio."""
-        work = partial(self.open, tcp, server=server, name=name, timeout_s=timeout_s)
-        return await trio.to_thread.run_sync(work)
+
+@functools.cache
+def doors_of(credentials: Credentials) -> Doors:
+    """This process's doors for these files; the first call forks their server (see `Doors`)."""
+    return Doors(credentials)
 
 
 def _keep_only(fd: int) -> None:

@@ -24,6 +24,7 @@ Readers = Mapping[str, Callable[[str, Any], Any]]
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _MAX_ID = (1 << 32) - 2
 _CHUNK = 1 << 20
+MAX_FILE = 32 << 10  # it is handed to every worker
 
 
 class PolicyFileError(LazymigError):
@@ -70,6 +71,7 @@ class Policy:
     """What one file says; an empty one allows everything."""
 
     path: str = ""
+    text: str = ""  # the file's, to hand on
     certificates: tuple[str, ...] | None = None
     addresses: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] | None = None
     uids: tuple[range, ...] | None = None
@@ -154,11 +156,21 @@ def _sha256(path: str) -> str:
 def load(path: Path) -> Policy:
     """Reads a file; PolicyFileError with the line and the key."""
     try:
-        text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
+        data = path.read_bytes()
+        if len(data) > MAX_FILE:
+            raise PolicyFileError(f"is longer than {MAX_FILE} bytes", subject=str(path))
+        return parse(data.decode(), path)
     except OSError as e:
         raise PolicyFileError(f"cannot be read ({e.strerror})", subject=str(path)) from e
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except UnicodeDecodeError as e:
+        raise PolicyFileError(f"is not TOML: {e}", subject=str(path)) from None
+
+
+def parse(text: str, path: Path) -> Policy:
+    """What the text of a policy file means; PolicyFileError."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
         raise PolicyFileError(f"is not TOML: {e}", subject=str(path)) from None
     return _Reader(path, text).policy(table)
 
@@ -210,6 +222,7 @@ class _Reader:
         limits |= dict.fromkeys(("bytes", "frame", "attachment"), self._size)
         return Policy(
             path=str(self._path),
+            text="\n".join(self._lines),
             **self._section(table, "peers", peers),
             **self._section(table, "processes", processes),
             limits=Limits(**self._section(table, "limits", limits)),
