@@ -260,14 +260,14 @@ def test_an_engine_that_is_killed_is_resumed(pair):
     (left,) = [m for m in under_way(pair.source) if (m["pid"], m["peer"]) == (writer.pid, pair.daemon.to)]
     assert left["state"] == "unattended"
     assert pair.source.alive(writer.pid)
-    with Command(pair.source, "migrate", "--resume", left["id"], "--json") as resumed:
+    with Command(pair.source, "migrate", "--insecure", "--resume", left["id"], "--json") as resumed:
         done = resumed.until("done", 60)
         assert done["pid"] == writer.pid
         assert resumed.program.wait(20) == 0
     goes_on(writer)
     settled(pair.source)
     assert left["id"] not in {m["id"] for m in under_way(pair.source)}
-    with Command(pair.source, "migrate", "--resume", left["id"], "--json") as again:
+    with Command(pair.source, "migrate", "--insecure", "--resume", left["id"], "--json") as again:
         assert again.until("failed", 20)["error"]["code"] == "unknown-migration"
 
 
