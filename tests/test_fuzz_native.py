@@ -16,7 +16,7 @@ def build(out: Path) -> Path:
     """Compiles the fuzzer."""
     folders = [ROOT / "lazymig/uffd", ROOT / "page_server"]
     sources = [c for f in folders for c in sorted(f.glob("*.c"))]
-    sources += [ROOT / "lazymig/kernel" / n for n in ("ranges.c", "pageindex.c")]
+    sources += [ROOT / "lazymig/kernel" / n for n in ("ranges.c", "pageindex.c", "pagemap.c")]
     command = ["gcc", *FLAGS, *SANITIZE, "-O1", f"-I{ROOT}", UNITS, *sources, "-pthread", "-o", out]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr

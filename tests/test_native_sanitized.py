@@ -18,7 +18,7 @@ def program(tmp_path_factory):
     out = tmp_path_factory.mktemp("native") / "pages_units"
     folders = [ROOT / "lazymig/uffd", ROOT / "page_server"]
     sources = [c for f in folders for c in sorted(f.glob("*.c"))]
-    sources += [ROOT / "lazymig/kernel" / n for n in ("ranges.c", "pageindex.c")]
+    sources += [ROOT / "lazymig/kernel" / n for n in ("ranges.c", "pageindex.c", "pagemap.c")]
     command = ["gcc", *FLAGS, *SANITIZE, f"-I{ROOT}", UNITS, *sources, "-pthread", "-o", out]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
