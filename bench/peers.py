@@ -1,9 +1,9 @@
 """CRIU 4.1.1 moving the same programs between the same hosts, judged by the same clock.
 
 *stop-and-copy*: ``criu dump`` into a page server of the destination, then ``criu restore`` there. *postcopy*: ``criu
-dump --lazy-pages``, ``criu lazy-pages`` and ``criu restore --lazy-pages``. *precopy*: one ``criu pre-dump`` before the
-dump; it needs a kernel that tracks with soft-dirty. All images but the pages are on a file system of memory that both
-hosts see, which spares CRIU the copy of them.
+dump --lazy-pages``, ``criu lazy-pages`` and ``criu restore --lazy-pages``. *precopy* and *hybrid*: the
+same after one ``criu pre-dump``, which needs a kernel that tracks with soft-dirty. All images but the pages are on a
+file system of memory that both hosts see, which spares CRIU the copy of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lazymig.kernel import kdat
 
 PORT = 7100
 _PATIENCE_S = 200
+Words = tuple[str | Path, ...]
 _MEMORY = Path("/dev/shm")
 # A writer that CRIU restored tells, rightly, of what CRIU does not restore: a sleep that ends with EINTR, threads that
 # may run on all processors. That is no wrong byte.
@@ -37,7 +38,7 @@ def why_not(mode: str) -> str:
         criu.install()
     except criu.CriuMissingError as e:
         return str(e)
-    if mode == "precopy" and not kdat.features().soft_dirty:
+    if mode in ("precopy", "hybrid") and not kdat.features().soft_dirty:
         return "this kernel does not track with soft-dirty, which CRIU's pre-dump needs"
     return ""
 
@@ -57,75 +58,102 @@ def move(p: Place, mode: str, pid: int, running: Callable[[], object] = lambda: 
 
     ``running`` is called when the process runs at the destination.
     """
-    tool = criu.Criu(criu.install())
     where = _MEMORY if _MEMORY.is_dir() else p.tmp
     with tempfile.TemporaryDirectory(dir=where) as directory:
-        images = Path(directory) / "images"
-        images.mkdir()
+        moving = _Move(p, pid, Path(directory))
         try:
-            if mode == "postcopy":
-                return _postcopy(tool, p, pid, images, running)
-            steps = _stop_and_copy(tool, p, pid, images, rounds=int(mode == "precopy"))
-            running()
-            return steps
+            if mode in ("precopy", "hybrid"):
+                moving.to_page_server("pre-dump")
+            if mode in ("postcopy", "hybrid"):
+                moving.lazily(running)
+            else:
+                moving.to_page_server("dump")
+                moving.restore()
+                running()
         except (criu.CriuFailedError, TimeoutError) as e:
             raise BenchError(f"CRIU: {e}") from e
+        return moving.steps
 
 
-def _stop_and_copy(tool: criu.Criu, p: Place, pid: int, images: Path, rounds: int) -> dict[str, float]:
-    steps: dict[str, float] = {}
-    parent: list[str] = []
-    for n in range(rounds + 1):
-        command, port = ("dump" if n == rounds else "pre-dump"), PORT + n
-        here = images / str(n)
-        here.mkdir()
-        began = time.monotonic()
-        server = ("page-server", "-D", str(here), "-o", "server.log", "--port", str(port), *parent)
+class _Move:
+    """One move by CRIU: its commands, each in an image directory of its own, and how long they took (ms)."""
+
+    def __init__(self, p: Place, pid: int, directory: Path) -> None:
+        self._tool, self._p, self._pid = criu.Criu(criu.install()), p, str(pid)
+        self._directory = directory
+        self._images = directory
+        self._count = 0
+        self._began = time.monotonic()
+        self.steps: dict[str, float] = {}
+
+    def _step(self, name: str) -> None:
+        now = time.monotonic()
+        self.steps[name], self._began = (now - self._began) * 1e3, now
+
+    def _next_layer(self) -> list[str]:
+        """Makes a directory that stands on the one before; the options that tell so."""
+        before, self._images = self._images.name, self._directory / str(self._count)
+        self._images.mkdir()
+        self._count += 1
+        return [f"--prev-images-dir=../{before}"] if self._count > 1 else []
+
+    def _tracked(self, command: str, parent: list[str]) -> list[str]:
+        return ["--track-mem"] if command == "pre-dump" or parent else []
+
+    def to_page_server(self, command: str) -> None:
+        """``pre-dump`` or ``dump`` into a page server of the destination."""
+        parent, port = self._next_layer(), PORT + self._count
+        p, tool = self._p, self._tool
+        server: Words = ("page-server", "-D", self._images, "-o", "server.log", "--port", str(port), *parent)
         with tool.serve(p.destination, *server, "--address", p.destination.address, cwd=p.tmp) as receiver:
-            address, port = p.through(p.source, p.destination, port)
-            to = ("--page-server", "--address", address, "--port", str(port), *parent)
-            track = ("--track-mem",) if rounds else ()
-            tool.run(
-                p.source,
-                *(command, "-t", str(pid), "-D", here, "-o", f"{command}.log", *to, *track),
-                cwd=p.tmp,
-                timeout=_PATIENCE_S,
+            address, through = p.through(p.source, p.destination, port)
+            to = ("--page-server", "--address", address, "--port", str(through))
+            words: Words = (
+                command,
+                "-t",
+                self._pid,
+                "-D",
+                self._images,
+                "-o",
+                f"{command}.log",
+                *to,
             )
+            more = (*parent, *self._tracked(command, parent))
+            tool.run(p.source, *words, *more, cwd=p.tmp, timeout=_PATIENCE_S)
             receiver.wait(_PATIENCE_S)
-        steps[f"{command} {n}" if rounds else command] = (time.monotonic() - began) * 1e3
-        parent = ["--prev-images-dir", f"../{n}"]
-    began = time.monotonic()
-    last = images / str(rounds)
-    restore = ("restore", "-d", "-D", last, "-o", "restore.log")
-    tool.run(p.destination, *restore, cwd=p.tmp, timeout=_PATIENCE_S)
-    return {**steps, "restore": (time.monotonic() - began) * 1e3}
+        self._step(command)
 
+    def restore(self, *more: str) -> None:
+        """``restore`` of the newest images."""
+        words: Words = ("restore", "-d", "-D", self._images, "-o", "restore.log", *more)
+        self._tool.run(self._p.destination, *words, cwd=self._p.tmp, timeout=_PATIENCE_S)
+        self._step("restore")
 
-def _postcopy(
-    tool: criu.Criu, p: Place, pid: int, images: Path, running: Callable[[], object]
-) -> dict[str, float]:
-    steps: dict[str, float] = {}
-    began = time.monotonic()
-
-    def step(name: str) -> None:
-        nonlocal began
-        steps[name], began = (time.monotonic() - began) * 1e3, time.monotonic()
-
-    where = ("--address", p.source.address, "--port", str(PORT))
-    dump = ("dump", "-t", str(pid), "-D", images, "-o", "dump.log", "--lazy-pages", *where)
-    with criu.unlimited_pipes(), tool.serve(p.source, *dump, cwd=p.tmp) as source:
-        step("dump")
-        address, port = p.through(p.destination, p.source, PORT)
-        server = ("--page-server", "--address", address, "--port", str(port))
-        lazy = ("lazy-pages", "-D", images, "-o", "lazy.log", "-v1", *server)
-        with tool.serve(p.destination, *lazy, cwd=p.tmp) as daemon:
-            step("lazy-pages")
-            restore = ("restore", "-d", "-D", images, "-o", "restore.log", "--lazy-pages")
-            tool.run(p.destination, *restore, cwd=p.tmp, timeout=_PATIENCE_S)
-            step("restore")
-            running()
-            for program, name in ((daemon, "lazy-pages"), (source, "dump")):
-                if program.wait(_PATIENCE_S) != 0:
-                    raise BenchError(f"criu {name} ended with {program.returncode}: {tool.why(p.tmp)}")
-            step("pages")
-    return steps
+    def lazily(self, running: Callable[[], object]) -> None:
+        """``dump --lazy-pages``, ``lazy-pages`` and ``restore --lazy-pages``, to the last page."""
+        parent, p, tool = self._next_layer(), self._p, self._tool
+        where = ("--lazy-pages", "--address", p.source.address, "--port", str(PORT))
+        words: Words = (
+            "dump",
+            "-t",
+            self._pid,
+            "-D",
+            self._images,
+            "-o",
+            "dump.log",
+            *where,
+        )
+        more = (*parent, *self._tracked("dump", parent))
+        with criu.unlimited_pipes(), tool.serve(p.source, *words, *more, cwd=p.tmp) as source:
+            self._step("dump")
+            address, port = p.through(p.destination, p.source, PORT)
+            server = ("--page-server", "--address", address, "--port", str(port))
+            lazy = ("lazy-pages", "-D", self._images, "-o", "lazy.log", "-v1", *server)
+            with tool.serve(p.destination, *lazy, cwd=p.tmp) as daemon:
+                self._step("lazy-pages")
+                self.restore("--lazy-pages")
+                running()
+                for program, name in ((daemon, "lazy-pages"), (source, "dump")):
+                    if program.wait(_PATIENCE_S) != 0:
+                        raise BenchError(f"criu {name} ended with {program.returncode}: {tool.why(p.tmp)}")
+                self._step("pages")

@@ -103,7 +103,8 @@ def _sizes() -> Iterator[Scenario]:
         )
     for mib in (64, 512):  # larger ones take minutes
         yield Scenario(f"size/{mib}/criu-postcopy", tool=CRIU, mode="postcopy", mib=mib, quick=mib == 64)
-    yield Scenario("size/512/criu-precopy", tool=CRIU, mode="precopy", mib=512)
+    for mode in ("precopy", "hybrid"):
+        yield Scenario(f"size/512/criu-{mode}", tool=CRIU, mode=mode, mib=512)
     yield Scenario("size/2/hybrid", mib=2, limits={"command_ms": 1000})
 
 
