@@ -6,6 +6,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lazymig.plot import quantile
+
+__all__ = ["Change", "Summary", "add_histograms", "by_figure", "compare", "quantile", "summarize"]
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -34,23 +38,6 @@ def by_figure(runs: Sequence[Mapping[str, float]]) -> dict[str, Summary]:
     """One summary for every figure that all or some of the runs have."""
     names = dict.fromkeys(name for run in runs for name in run)
     return {name: summarize(run[name] for run in runs if name in run) for name in names}
-
-
-def quantile(counts: Sequence[int], q: float) -> float:
-    """The quantile ``q`` of a power-of-two histogram: counter i holds what is below 2^i (and not below 2^(i-1)).
-
-    Between the bucket's bounds it is interpolated, as if its content were spread evenly; 0 when nothing was counted.
-    """
-    total = sum(counts)
-    if not total:
-        return 0.0
-    rank, seen = q * total, 0
-    for i, n in enumerate(counts):
-        if n and seen + n >= rank:
-            low = 2.0 ** (i - 1) if i else 0.0
-            return low + (2.0**i - low) * max(rank - seen, 0.0) / n
-        seen += n
-    return 2.0 ** (len(counts) - 1)
 
 
 def add_histograms(many: Sequence[Sequence[int]]) -> list[int]:

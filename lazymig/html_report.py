@@ -226,7 +226,9 @@ def migration_page(story: Sequence[tuple[float, Event]], title: str) -> str:
     if (counts := counts_of(final, "fault_histogram_us")) and sum(counts):
         page.section("Faults")
         chart = plot.histogram([("faults", counts)], unit_ns=1e3, x_label="from the fault to its page")
-        page.figure(chart)
+        names = (("half", 0.5), ("99 %", 0.99), ("99.9 %", 0.999))
+        within = ", ".join(f"{name} {duration(plot.quantile(counts, q) / 1e3)}" for name, q in names)
+        page.figure(chart, f"Within about: {within}. Interpolated, as the counters are powers of two.")
     if final.get("event") == "done":
         page.section("In figures")
         page.facts(summary(final))

@@ -322,6 +322,23 @@ def time_name(ns: float) -> str:
     return f"{short(ns)} ns"
 
 
+def quantile(counts: Sequence[int], q: float) -> float:
+    """The quantile ``q`` of a power-of-two histogram: counter i holds what is below 2^i (and not below 2^(i-1)).
+
+    Between the bucket's bounds it is interpolated, as if its content were spread evenly; 0 when nothing was counted.
+    """
+    total = sum(counts)
+    if not total:
+        return 0.0
+    rank, seen = q * total, 0
+    for i, n in enumerate(counts):
+        if n and seen + n >= rank:
+            low = 2.0 ** (i - 1) if i else 0.0
+            return low + (2.0**i - low) * max(rank - seen, 0.0) / n
+        seen += n
+    return 2.0 ** (len(counts) - 1)
+
+
 def histogram(series: Sequence[tuple[str, Sequence[int]]], *, unit_ns: float, x_label: str) -> str:
     """Power-of-two histograms side by side: counter i holds what is below 2^i units. The y axis is logarithmic."""
     used = [i for _, counts in series for i, n in enumerate(counts) if n]
