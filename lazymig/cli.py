@@ -24,7 +24,7 @@ from lazymig.images_cli import images
 from lazymig.kernel import kdat
 from lazymig.keys_cli import keys
 from lazymig.migrate import options as opt
-from lazymig.migrations_cli import migrations
+from lazymig.migrations_cli import abandon, migrations, recover
 from lazymig.predump_cli import predump, untrack
 
 MODE = click.option(
@@ -67,6 +67,8 @@ main.add_command(untrack)
 main.add_command(images)
 main.add_command(page_server)
 main.add_command(migrations)
+main.add_command(recover)
+main.add_command(abandon)
 main.add_command(keys)
 
 

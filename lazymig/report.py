@@ -136,7 +136,15 @@ def _dumped(e: Event) -> str:
     return f"written; {lazy:,.0f} pages stay in the stopped process until somebody takes them"
 
 
+_DONE_KINDS = ("done", "recovered", "abandoned")
 _LINES: dict[str, Callable[[Event], str]] = {
+    "recovered": lambda e: f"connected again: {number(e, 'left'):,.0f} pages left",
+    "abandoned": lambda e: (
+        f"pid {number(e, 'pid'):.0f} runs on from where it was frozen"
+        if e.get("woken")
+        else f"pid {number(e, 'pid'):.0f} was ended"
+    ),
+    "woken": lambda _: "given up: the original runs on here from where it was frozen",
     "dumped": _dumped,
     "preflight": _preflight,
     "parent": lambda e: f"parent: {number(e, 'pages'):,.0f} pages are at the destination already",
@@ -282,7 +290,9 @@ class Reporter:
         kind = event.get("event")
         if kind in ("commit", "running"):
             self.committed = True
-        elif kind in ("done", "refused", "failed"):
+        elif kind == "woken":
+            self.committed = False
+        elif kind in (*_DONE_KINDS, "refused", "failed"):
             self.final = dict(event)
         self.show(event)
 
@@ -301,7 +311,7 @@ class Reporter:
     def exit_status(self) -> int:
         """The command's exit status, as README lists them."""
         kind = self.final.get("event") if self.final else None
-        if kind == "done":
+        if kind in _DONE_KINDS:
             return EXIT_OK
         if kind == "refused":
             return EXIT_REFUSED

@@ -11,13 +11,15 @@ import tempfile
 import time
 
 import pytest
-from harness import descriptors, goes_on, moved, settled, wait_for
+from harness import Snapshot, descriptors, goes_on, moved, settled, untouched, wait_for
+from kill_kit import state_of
 
 from lazymig.demo.hosts import DEVNULL
-from lazymig.demo.moves import COMMAND, Command, Daemon
+from lazymig.demo.moves import COMMAND, INSECURE, Command, Daemon
 from lazymig.migrate.channel import encode
 
-SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "16M", "--link-timeout", "2s")
+BOUND = ("--link-timeout", "2s")
+SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "16M", *BOUND)
 
 
 def lazy_writer(pair, *options):
@@ -321,3 +323,108 @@ def test_children_are_taken_over_too(pair):
 
 def children(host, pid):
     return [int(n) for n in (host.proc / str(pid) / "task" / str(pid) / "children").read_text().split()]
+
+
+def ordered(host, *words):
+    """What a command that ends soon says: its last event."""
+    with Command(host, *words, *INSECURE, "--json") as command:
+        for _ in command.follow(40):
+            pass
+        status = command.program.wait(20)
+    assert (status == 0) == (command.events[-1]["event"] != "failed")
+    return command.events[-1]
+
+
+def ours(pair, writer):
+    """The number of a writer's migration, at the source."""
+    (found,) = [m for m in under_way(pair.source) if (m["pid"], m["role"]) == (writer.pid, "source")]
+    return found["id"]
+
+
+def code(event):
+    return event["error"]["code"]
+
+
+def test_another_address_by_hand(pair):
+    """The daemon comes back, but elsewhere: the source dials in vain until a person tells it where."""
+    writer = lazy_writer(pair)
+    with state_directory() as state:
+        with Daemon(pair.destination, pair.destination.address, *state, port=7078) as pair.daemon:
+            running = pair.start_move(writer.pid, *SLOWLY)
+            half_way(pair, writer, running)
+            number = ours(pair, writer)
+            pair.daemon.stop()
+        pair.source.run(["ss", "-t", "-K", "dst", ":7078"], check=True)
+        running.until("paused", 30)
+        with (
+            running,
+            Daemon(pair.destination, pair.destination.address, *state, port=7079) as pair.daemon,
+        ):
+            assert code(ordered(pair.destination, "recover", number, *state)) == "at-source"
+            assert ordered(pair.source, "recover", number, "--to", pair.daemon.to)["event"] == "recovered"
+            finished(pair, writer, running)
+
+
+def test_the_destination_is_told_to_give_up(pair):
+    """The source seems lost for good, so a person ends the moved process; the source comes back, and is told so."""
+    writer = lazy_writer(pair)
+    with (
+        state_directory() as state,
+        Daemon(pair.destination, pair.destination.address, *state, *BOUND, port=7078) as pair.daemon,
+        pair.start_move(writer.pid, *SLOWLY, "--bandwidth-limit", "4M") as running,
+    ):
+        half_way(pair, writer, running)
+        number = ours(pair, writer)
+        assert code(ordered(pair.source, "recover", number)) == "connected"
+        assert code(ordered(pair.destination, "abandon", number, *state)) == "peer-reachable"
+        pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)
+        running.until("paused", 30)
+        wait_for("the pause", lambda: under_way(pair.destination, *state)[0]["state"] == "paused")
+        assert ordered(pair.destination, "abandon", number, *state)["event"] == "abandoned"
+        assert not pair.destination.alive(writer.pid)
+        pair.source.run(["ip", "link", "set", "eth0", "up"], check=True)
+        move = running.finish(60)
+        assert (move.status, move.codes()) == (4, ["abandoned"])
+        assert state_of(pair.source, writer.pid) == "T"
+        assert code(ordered(pair.source, "abandon", number)) == "say-which"
+        assert code(ordered(pair.source, "abandon", number, "--wake")) == "peer-reachable"
+        assert ordered(pair.source, "abandon", number, "--wake", "--yes")["woken"]
+        writer.host = pair.source
+        goes_on(writer)
+        assert under_way(pair.source) == []
+
+
+def test_the_source_is_told_to_give_up(pair):
+    """The destination's host is lost: the original runs on, on a person's word, and has no trace of it all."""
+    writer = lazy_writer(pair)
+    before = Snapshot(pair.source, writer.pid)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        number = ours(pair, writer)
+        pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)
+        running.until("paused", 30)
+        assert ordered(pair.source, "abandon", number, "--wake")["woken"]
+        move = running.finish(60)
+        assert (move.status, move.codes()) == (1, ["abandoned"])
+    untouched(pair.source, writer.pid, before)
+    pair.destination.kill(writer.pid)
+    writer.host = pair.source
+    goes_on(writer)
+
+
+@pytest.mark.parametrize("when", ["commit/hold", "serve"])
+def test_an_engine_that_is_killed_before_it_wrote_all_down(pair, when):
+    """Held and not handed over: it runs on when that is found out. Handed over: the list of pages is not needed."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY, env={"LAZYMIG_FAULT": f"source:{when}:kill"}) as running:
+        assert running.finish(60).codes() == ["engine-lost"]
+    wait_for("the stop", lambda: state_of(pair.source, writer.pid) == "T")
+    with Command(pair.source, "recover", ours(pair, writer), *INSECURE, "--json") as resumed:
+        if when == "serve":
+            resumed.until("done", 60)
+            writer.host = pair.destination
+        else:
+            assert code(resumed.until("failed", 60)) == "not-taken"
+        resumed.program.wait(20)
+    goes_on(writer)
+    assert under_way(pair.source) == []

@@ -170,6 +170,13 @@ class Daemon:
         self, channel: Channel, stream: trio.SocketStream, incoming: Incoming, frame: Frame
     ) -> None:
         """The source has lost its connections: the worker answers over the new one, if it still needs it."""
+        if registry.is_abandoned(self._directory, str(frame["id"])):
+            raise LazymigError(
+                "it was ended on this host on the operator's word, with pages missing",
+                code="abandoned",
+                subject=f"pid {incoming.pid}",
+                hint="the original is whole, and frozen: lazymig abandon ID --wake, or --end",
+            )
         if incoming.state == "lost":
             raise LazymigError(
                 "what kept the process's missing pages waiting was killed: they cannot be put in any more",

@@ -206,7 +206,9 @@ class DestinationMigration:
         with Listening(self.entry.path.with_suffix(".keeper")) as listening:
             self.builder = Builder(self.offer.pid, layout, listening)
         pid = self.offer.pid
-        self.entry.set(pid=pid, start=start_time(pid), state="receiving", mode=str(self.offer.mode))
+        keeper = self.builder.skeleton.keeper.pid
+        start, mode = start_time(pid), str(self.offer.mode)
+        self.entry.set(pid=pid, start=start, keeper=keeper, state="receiving", mode=mode)
         self.machine.to(Destination.SKELETON)
         self.builder.open(dump_from(self.offer.fds), self.offer.highest_fd)
 

@@ -15,7 +15,7 @@ import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.migrate.channel import Channel
-from lazymig.migrate.registry import Entry, start_time
+from lazymig.migrate.registry import Entry, is_abandoned, start_time
 from lazymig.migrate.states import LOST, OWN, Act, Destination, Machine
 from lazymig.uffd.lazy import LazyMemory
 from page_server.receiver import BulkReceiver
@@ -240,11 +240,12 @@ class LazyPhase:
         for r in self.receivers:
             r.close()
         self.receivers = []
-        control = self.control
+        control, entry = self.control, self._entry
+        abandoned = entry is not None and is_abandoned(entry.path.parent, entry.path.stem)
 
         def send() -> None:
             with contextlib.suppress(LazymigError):  # it asks the daemon
-                if control is not None:
+                if control is not None and not abandoned:
                     control.send_now({"t": "done", **report})
 
         self._machine.take(
@@ -256,7 +257,7 @@ class LazyPhase:
             },
         )
         self._tell({"event": "done", "pid": self.pid, "report": report})
-        if control is not None:
+        if control is not None and not abandoned:
             with trio.move_on_after(_RELEASED_TIMEOUT_S), contextlib.suppress(LazymigError):
                 await control.expect("released")
                 if self._entry is not None:

@@ -107,7 +107,7 @@ class Links:
         try:
             with trio.fail_after(options.connect_timeout_s):
                 stream = await _dial(options)
-                self.control = Channel(stream, self.control.peer)
+                self.control = Channel(stream, format_address(options.host, options.port))
                 hello = {"epoch": self.epoch, "streams": options.streams}
                 await self.control.send({**self._hello("resume"), **hello})
                 answer, pending = await self.control.expect("resumed", "done")

@@ -77,3 +77,15 @@ def warm(layout: Layout, mode: Mode) -> None:
     classify(layout, RangeSet())
     locked(layout)
     layout.ranges()
+
+
+def dealt(parts: list[tuple[RangeSet, int]], n: int) -> list[list[tuple[RangeSet, int]]]:
+    """Deals parts out to ``n`` connections, in runs of about equal size."""
+    if n == 1:
+        return [parts]
+    shares: list[list[tuple[RangeSet, int]]] = [[] for _ in range(n)]
+    for pages, flags in parts:
+        for i, some in enumerate(pages.split(n)):
+            if some:
+                shares[i].append((some, flags))
+    return shares

@@ -22,6 +22,9 @@ from lazymig.migrate.options import STATE_ROOT
 ENGINES = STATE_ROOT / "engines"
 _LOCK = "daemon.lock"
 _EVERY_S = 1.0
+# What a migration has beside its entry; the last is kept when the rest is forgotten, see `mark_abandoned`.
+_SUFFIXES = (".json", ".new", ".keeper", ".worker", ".pages", ".pages-new", ".order")
+_ABANDONED = ".abandoned"
 _KEEP_FOREIGN_S = 7 * 24 * 3600.0
 _KEEP_DONE_S = 24 * 3600.0  # a source that was away may still ask for the end of its migration
 
@@ -93,9 +96,13 @@ class Entry:
         # A full or missing file system must not end what the file only tells of.
         with contextlib.suppress(OSError):
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(fd, json.dumps(self.fields).encode())
-            name.rename(self.path)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.write(fd, json.dumps(self.fields).encode())
+                name.rename(self.path)
+            except OSError:
+                os.close(fd)
+                raise
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd = fd
@@ -107,7 +114,7 @@ class Entry:
 
     def remove(self) -> None:
         """The migration is over, and nobody will ask for it."""
-        for suffix in (".json", ".pages", ".pages-new", ".keeper"):
+        for suffix in _SUFFIXES:
             self.path.with_suffix(suffix).unlink(missing_ok=True)
         self.close()
 
@@ -126,8 +133,11 @@ def start_time(pid: int) -> int:
         return 0
 
 
-def entries(directory: Path) -> Iterator[dict[str, Any]]:
-    """All migrations of a directory, with ``alive`` telling whether any process sees to them."""
+def entries(directory: Path, *, foreign: bool = False) -> Iterator[dict[str, Any]]:
+    """All migrations of a directory, with ``alive`` telling whether any process sees to them.
+
+    Not those of other pid namespaces, unless ``foreign``: their numbers are other processes' here.
+    """
     for path in sorted(directory.glob("*.json")):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -144,19 +154,50 @@ def entries(directory: Path) -> Iterator[dict[str, Any]]:
             continue
         finally:
             os.close(fd)
-        if isinstance(fields, dict) and fields.get("id") == path.stem:
+        if not isinstance(fields, dict) or fields.get("id") != path.stem:
+            continue
+        if foreign or fields.get("pid_namespace") == _namespace():
             yield {**fields, "alive": alive}
 
 
-def forget(directory: Path, number: str) -> None:
-    """Removes a migration that nobody sees to."""
-    for suffix in ("json", "new", "keeper", "worker", "pages", "pages-new"):
-        (directory / f"{number}.{suffix}").unlink(missing_ok=True)
+def forget(directory: Path, number: str, *, marks: bool = True) -> None:
+    """Removes a migration that nobody sees to; without ``marks``, but for that it was abandoned."""
+    for suffix in (*_SUFFIXES, *([_ABANDONED] if marks else [])):
+        (directory / f"{number}{suffix}").unlink(missing_ok=True)
+
+
+def order(directory: Path, number: str, what: dict[str, Any]) -> None:
+    """Leaves an order for whoever sees to a migration; a later one takes its place. OSError."""
+    new = directory / f"{number}.order-new"
+    new.touch(mode=0o600)
+    new.write_text(json.dumps(what), encoding="utf-8")
+    new.rename(directory / f"{number}.order")
+
+
+def take_order(directory: Path, number: str) -> dict[str, Any]:
+    """Takes the order for a migration; {} without one."""
+    path = directory / f"{number}.order"
+    try:
+        what = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    path.unlink(missing_ok=True)
+    return what if isinstance(what, dict) else {}
+
+
+def mark_abandoned(directory: Path, number: str) -> None:
+    """Notes that a person has ended the moved process: a source that asks must not take that for an end of its own."""
+    (directory / f"{number}{_ABANDONED}").touch(mode=0o600)
+
+
+def is_abandoned(directory: Path, number: str) -> bool:
+    """Whether it was noted so."""
+    return (directory / f"{number}{_ABANDONED}").exists()
 
 
 def forget_ended(directory: Path) -> None:
     """Removes migrations of a source that nobody sees to, unless their stopped original is still there."""
-    for entry in list(entries(directory)):
+    for entry in list(entries(directory, foreign=True)):
         pid = int(entry.get("pid", 0))
         if entry.get("pid_namespace") != _namespace():
             if not entry["alive"] and time.time() - float(entry.get("since", 0)) > _KEEP_FOREIGN_S:

@@ -23,8 +23,8 @@ from lazymig.migrate import registry
 from lazymig.migrate.channel import Channel
 from lazymig.migrate.links import Links
 from lazymig.migrate.options import Codec, MigrateOptions, Mode, Wire, format_address
-from lazymig.migrate.serve import Serving
-from lazymig.migrate.states import SOURCE_AGAIN, SOURCE_STEPS, Act, Machine, Source, Verdict, asked
+from lazymig.migrate.serve import AbandonedError, Serving
+from lazymig.migrate.states import FAILURE, SOURCE_AGAIN, SOURCE_STEPS, Act, Machine, Source, Verdict, asked
 from lazymig.process.vmas import TASK_SIZE
 
 Event = dict[str, Any]
@@ -48,6 +48,12 @@ def save_pages(entry: registry.Entry, lazy: RangeSet) -> None:
     with os.fdopen(fd, "wb") as f:
         f.write(lazy.to_bytes())
     new.rename(name)
+
+
+def saved_options(entry: Event, wire: Wire) -> MigrateOptions:
+    """Those that `save` has put into an entry; ``wire`` is never written down."""
+    saved = {**entry["options"], "wire": wire}
+    return MigrateOptions(**{**saved, "mode": Mode(saved["mode"]), "codec": Codec(saved["codec"])})
 
 
 class ResumedMigration:
@@ -86,11 +92,11 @@ class ResumedMigration:
         (entry,) = found
         if entry.pop("alive"):
             raise LazymigError("somebody sees to it already", code="in-use", subject=self.number)
-        saved = dict(entry["options"])
-        saved["wire"] = self._wire
-        options = MigrateOptions(**{**saved, "mode": Mode(saved["mode"]), "codec": Codec(saved["codec"])})
+        options = saved_options(entry, self._wire)
         if self._address is not None:
             options = replace(options, host=self._address[0], port=self._address[1])
+            entry["options"] = {**entry["options"], "host": options.host, "port": options.port}
+            entry["peer"] = format_address(options.host, options.port)
         return entry, options, self._left_behind(options.pid)
 
     def _left_behind(self, pid: int) -> RangeSet:
@@ -119,7 +125,16 @@ class ResumedMigration:
         with trio.CancelScope(shield=True):
             serving = Serving(options, links, machine, lazy, self.emit)
             serving.entry = entry
-            done = await serving.run(None)
+            try:
+                done = await serving.run(None)
+            except AbandonedError as e:
+                if e.wake:
+                    self.emit({"event": "woken"})
+                machine.take(FAILURE, {})
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT if e.wake else signal.SIGKILL)
+                entry.remove()
+                self.committed = not e.wake
+                raise
             machine.take("done", {Act.END: partial(signal.pidfd_send_signal, pidfd, signal.SIGKILL)})
             served = await serving.finish()
             machine.to(Source.DONE)
@@ -187,5 +202,5 @@ class ResumedMigration:
             "it cannot be told whether the destination runs the process; the original stays frozen",
             code="commit-unknown",
             subject=format_address(options.host, options.port),
-            hint="try again when its daemon answers, or see lazymig abandon",
+            hint="try again when its daemon answers, or lazymig abandon --wake",
         )

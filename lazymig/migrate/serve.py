@@ -6,16 +6,17 @@ still missing; it gives up only when the frozen original itself is gone.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProcessGoneError
 from lazymig.kernel.ranges import RangeSet
-from lazymig.migrate import frames
+from lazymig.migrate import frames, registry
 from lazymig.migrate.links import Links
-from lazymig.migrate.options import Codec, MigrateOptions
+from lazymig.migrate.options import Codec, MigrateOptions, format_address
 from lazymig.migrate.registry import Entry
 from lazymig.migrate.states import LOST, Act, Machine, Source
 from page_server.sender import BulkSender
@@ -25,6 +26,8 @@ Event = dict[str, Any]
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 5.0
 _DONE_FOLLOWS_S = 0.3
+_LOOK_S = 0.2
+ABANDONED = "abandoned"
 
 
 # The sender itself stops compressing where that does not pay.
@@ -35,6 +38,19 @@ def make_senders(options: MigrateOptions, links: Links) -> list[BulkSender]:
     """One for each bulk connection."""
     limit, codec = options.bandwidth_limit or 0, _CODECS[options.codec]
     return [BulkSender(s, options.pid, codec=codec, limit_bytes_per_s=limit) for s in links.bulk]
+
+
+class AbandonedError(LazymigError):
+    """A person gave the migration up (`lazymig abandon`): here on the source, or on the destination."""
+
+    code = ABANDONED
+
+    def __init__(self, *, wake: bool) -> None:
+        super().__init__(
+            "given up on the operator's word: the original "
+            + ("runs on from where it was frozen" if wake else "was ended")
+        )
+        self.wake = wake
 
 
 class Serving:
@@ -136,7 +152,7 @@ class Serving:
         self._noted()
         self._emit({"event": "paused", "left": self._left, "error": lost.to_wire()})
 
-    def _noted(self, **fields: int) -> None:
+    def _noted(self, **fields: int | str) -> None:
         if self.entry is not None:
             self.entry.set(state=str(self._machine.state), left=self._left, **fields)
 
@@ -158,8 +174,47 @@ class Serving:
                 if str(e) != told:
                     told = str(e)
                     self._emit({"event": "warning", "text": f"cannot reconnect yet: {told}"})
-            await trio.sleep(delay)
-            delay = min(delay * 2, _LONGEST_DELAY_S)
+                    self._noted(problem=told)
+                if isinstance(e, LazymigError) and e.code == ABANDONED:
+                    raise
+            if await self._ordered(delay):
+                delay, told = _FIRST_DELAY_S, ""
+            else:
+                delay = min(delay * 2, _LONGEST_DELAY_S)
+
+    async def _ordered(self, delay: float) -> bool:
+        """Waits, but for an order of a person; whether one came. AbandonedError; ProcessGoneError: nobody needs it."""
+        until = trio.current_time() + delay
+        while True:
+            if not registry.lives(self._options.pid):
+                raise ProcessGoneError("the original has ended", subject=f"pid {self._options.pid}")
+            what = (
+                {}
+                if self.entry is None
+                else registry.take_order(self.entry.path.parent, self.entry.path.stem)
+            )
+            if "abandon" in what:
+                raise AbandonedError(wake=what["abandon"] == "wake")
+            if what:
+                self._redirect(what.get("to"))
+                return True
+            left = until - trio.current_time()
+            if left <= 0:
+                return False
+            await trio.sleep(min(left, _LOOK_S))
+
+    def _redirect(self, to: Sequence[Any] | None) -> None:
+        """Dials another address from now on."""
+        if to is None or self.entry is None:
+            return
+        self._options = replace(self._options, host=str(to[0]), port=int(to[1]))
+        peer = format_address(self._options.host, self._options.port)
+        saved = {
+            **self.entry.fields.get("options", {}),
+            "host": self._options.host,
+            "port": self._options.port,
+        }
+        self.entry.set(peer=peer, options=saved)
 
     async def finish(self) -> SourceStats:
         """Tells the destination that the original has ended, if it still listens; the counts of all attempts."""

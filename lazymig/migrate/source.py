@@ -35,11 +35,20 @@ from lazymig.migrate.channel import PATIENCE_S
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
 from lazymig.migrate.options import MigrateOptions, Mode
-from lazymig.migrate.parts import classify, lazy_capable, locked, split_eager, warm
+from lazymig.migrate.parts import classify, dealt, lazy_capable, locked, split_eager, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
 from lazymig.migrate.rounds import Action, Policy, RoundRecord
-from lazymig.migrate.serve import Serving, make_senders
-from lazymig.migrate.states import SOURCE_STEPS, SOURCE_TRANSITIONS, Act, Machine, Source, Verdict, asked
+from lazymig.migrate.serve import AbandonedError, Serving, make_senders
+from lazymig.migrate.states import (
+    FAILURE,
+    SOURCE_STEPS,
+    SOURCE_TRANSITIONS,
+    Act,
+    Machine,
+    Source,
+    Verdict,
+    asked,
+)
 from lazymig.migrate.target import Target
 from lazymig.process.descriptors import DescriptorDumper
 from lazymig.process.files import FileSender
@@ -339,7 +348,7 @@ class SourceMigration:
             nursery.cancel_scope.cancel()
 
     async def _send_parts(self, seq: int, parts: list[tuple[RangeSet, int]], arm: int = -1) -> None:
-        shares = _share(parts, len(self.senders))
+        shares = dealt(parts, len(self.senders))
         if len(self.senders) == 1:
             await self._send_share(self.senders[0], seq, shares[0], arm)
             return
@@ -543,7 +552,18 @@ class SourceMigration:
                     resume.save_pages(self.entry, lazy)
             if not connected:
                 self.pages.close()
-            done = await serving.run(self.pages if connected else None)
+            try:
+                done = await serving.run(self.pages if connected else None)
+            except AbandonedError as e:
+                if e.wake:
+                    self.emit({"event": "woken"})
+                self.machine.take(FAILURE, {})
+                if not e.wake:
+                    self.target.abandon()
+                if self.entry is not None:
+                    self.entry.remove()
+                self._handed_over = not e.wake  # it runs on
+                raise
             self.machine.take("done", {Act.END: self.target.abandon})
             served = await serving.finish()
             self.machine.to(Source.DONE)
@@ -576,15 +596,3 @@ class SourceMigration:
             "fault_histogram_us": done.hist,
             "peer": self.links.control.peer,
         }
-
-
-def _share(parts: list[tuple[RangeSet, int]], n: int) -> list[list[tuple[RangeSet, int]]]:
-    """Deals parts out to ``n`` connections, in runs of about equal size."""
-    if n == 1:
-        return [parts]
-    shares: list[list[tuple[RangeSet, int]]] = [[] for _ in range(n)]
-    for pages, flags in parts:
-        for i, some in enumerate(pages.split(n)):
-            if some:
-                shares[i].append((some, flags))
-    return shares

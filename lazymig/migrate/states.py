@@ -4,7 +4,8 @@ The code walks through the table, docs/protocol.md draws it, tests/test_handover
 with it, and docs/failure-model.md says what follows for a person; tests hold all of them equal.
 
 Fault points: tests set LAZYMIG_FAULT="source:freeze:kill" (host, state, action) to break a machine on entering
-a state. Actions: kill (SIGKILL to itself), stop (SIGSTOP to itself), error (raises), stall (sleeps a minute).
+a state, or "source:commit/hold:kill" behind an act of one. Actions: kill (SIGKILL to itself), stop (SIGSTOP to itself),
+error (raises), stall (sleeps a minute).
 """
 
 from __future__ import annotations
@@ -238,6 +239,7 @@ class Machine(Generic[S]):
         self.to(step.after)
         for act in step.acts:
             acts[act]()
+            fault_point(self._host, f"{step.after}/{act}")
         return self.state
 
 

@@ -169,6 +169,11 @@ class Keeper:
             self.process.kill()
             self.process.wait()
 
+    @property
+    def pid(self) -> int:
+        """Of a keeper that this process has started; 0 for another's."""
+        return 0 if self.process is None else self.process.pid
+
     def ended(self) -> bool:
         """Whether a keeper that this process has started is gone."""
         return self.process is not None and self.process.poll() is not None
