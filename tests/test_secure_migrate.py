@@ -8,7 +8,7 @@ import socket
 
 import msgpack
 import pytest
-from harness import goes_on, judge, moved, wait_for
+from harness import goes_on, judge, moved, refused, wait_for
 from secure_kit import Keys, doors
 from test_commands import daemon, free_port
 
@@ -161,3 +161,65 @@ def test_a_second_host_cannot_add_a_connection_even_with_the_secret(tmp_path):
         wrong = {**proof, "secret": "x"}
         assert answer(address, ours, {"role": "bulk", **wrong})["code"] == "unknown-migration"
         assert answer(address, ours, {"role": "bulk", **proof})["t"] == "ok"
+
+
+def test_a_policy_refuses_by_name_and_is_read_again(place, sleeper, tmp_path):
+    source, destination, keys = place
+    policy = tmp_path / "policy.toml"
+
+    def write(text):
+        policy.write_text(text)
+        daemon.program.send_signal(signal.SIGHUP)
+
+    policy.write_text('[processes]\nuids = ["1000-1999"]\nexecutables = ["/opt/**"]\n[limits]\nvmas = 3\n')
+    arguments = ("--policy", str(policy))
+    with Daemon(destination, destination.address, *arguments, wire=shows(keys["destination"])) as daemon:
+
+        def tried():
+            return migrate(source, sleeper.pid, daemon.to, "--dry-run", wire=shows(keys["source"]))
+
+        move = refused(tried(), "policy-uids")
+        assert sorted(move.codes()) == ["policy-executables", "policy-uids", "policy-vmas"]
+        reasons = {r["code"]: r for r in move.final["refusals"]}
+        assert "processes.uids" in reasons["policy-uids"]["reason"]
+        assert reasons["policy-uids"]["subject"] == "uid 0"
+        write("[limits]\nvmaz = 3\n")
+        assert f"{policy}:2: limits.vmaz" in daemon.until("warning", 20)["text"]
+        write('[peers]\ncertificates = ["destination"]\n')
+        daemon.until("reloaded", 20)
+        move = tried()
+        assert (move.status, move.codes()) == (1, ["policy-certificates"])
+        assert "policy-certificates" in rejections(daemon)
+
+
+def test_a_lie_in_the_offer_is_found_in_the_state():
+    """What is judged at the freeze, for states as they come."""
+    from lazymig.migrate.capture import Capture
+    from lazymig.migrate.judge import Judge
+    from lazymig.pb import core_pb2, creds_pb2, state_pb2
+    from lazymig.secure.policy import PolicyError
+
+    def capture(exe=b"/bin/x", **changed):
+        ids = dict.fromkeys(("uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"), 1000)
+        creds = creds_pb2.creds_entry(**{**ids, "secbits": 0, **changed})
+        process = state_pb2.ProcessState()
+        process.mm.exe = exe
+        thread = state_pb2.ThreadState(tid=1, core=core_pb2.thread_core_entry(creds=creds))
+        return Capture(
+            [], 0, process.SerializePartialToString(), [thread.SerializePartialToString()], b"", []
+        )
+
+    text = '[processes]\nuids = [1000]\ngids = [1000]\nexecutables = ["/bin/x"]\n'
+    judge = Judge.of("policy", text)
+    judge.state(capture())
+    for lie, code in (
+        ({"suid": 0}, "policy-uids"),
+        ({"fsgid": 0}, "policy-gids"),
+        ({"groups": [1000, 27]}, "policy-gids"),
+        ({"cap_prm": [0, 4]}, "policy-uids"),
+        ({"cap_amb": [1]}, "policy-uids"),
+        ({"exe": b"/bin/y"}, "policy-executables"),
+    ):
+        with pytest.raises(PolicyError) as e:
+            judge.state(capture(**lie))
+        assert e.value.code == code

@@ -65,6 +65,25 @@ class Channel:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._lock = trio.Lock()
+        self._max_body, self._max_attachment = MAX_BODY, MAX_ATTACHMENT
+
+    def bound(self, body: int | None, attachment: int | None) -> None:
+        """Takes no longer frames than these from now on (None: no longer ones than anybody's)."""
+        self._max_body = min(body or MAX_BODY, MAX_BODY)
+        self._max_attachment = min(attachment or MAX_ATTACHMENT, MAX_ATTACHMENT)
+
+    def _check_size(self, body: int, attachment: int, max_body: int = MAX_BODY) -> None:
+        what = f"a frame of {body} + {attachment} bytes is too large"
+        if body > min(max_body, MAX_BODY) or attachment > MAX_ATTACHMENT:
+            raise ProtocolError(what, subject=self.peer)
+        for rule, most, n in (
+            ("frame", self._max_body, body),
+            ("attachment", self._max_attachment, attachment),
+        ):
+            if n > most:
+                raise LazymigError(
+                    f"{what}: the policy's limits.{rule} is {most}", code=f"policy-{rule}", subject=self.peer
+                )
 
     async def send(self, frame: Frame, attachment: bytes = b"") -> None:
         """Sends a frame; PeerLostError when the connection is broken."""
@@ -83,10 +102,7 @@ class Channel:
         peer's own error when the frame is one.
         """
         body_len, attached_len = _HEAD.unpack(await self._exactly(_HEAD.size))
-        if body_len > max_body or attached_len > MAX_ATTACHMENT:
-            raise ProtocolError(
-                f"a frame of {body_len} + {attached_len} bytes is too large", subject=self.peer
-            )
+        self._check_size(body_len, attached_len, max_body)
         frame = decode_body(await self._exactly(body_len))
         attachment = await self._exactly(attached_len)
         self.bytes_received += _HEAD.size + body_len + attached_len
@@ -122,10 +138,7 @@ class Channel:
     def expect_now(self, *names: str) -> tuple[Frame, bytes]:
         """The same for receiving a frame that must have one of these names."""
         body_len, attached_len = _HEAD.unpack(self._exactly_now(_HEAD.size))
-        if body_len > MAX_BODY or attached_len > MAX_ATTACHMENT:
-            raise ProtocolError(
-                f"a frame of {body_len} + {attached_len} bytes is too large", subject=self.peer
-            )
+        self._check_size(body_len, attached_len)
         frame = decode_body(self._exactly_now(body_len))
         attachment = self._exactly_now(attached_len)
         self.bytes_received += _HEAD.size + body_len + attached_len

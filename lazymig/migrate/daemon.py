@@ -210,8 +210,8 @@ class Daemon:
         await channel.send({**welcome, "capabilities": CAPABILITIES})
         _blocking(stream)
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as control:
-            meta = {"id": migration, "peer": channel.peer, "secret": secret, "policy": policy.text}
-            meta |= {"certificate": caller.certificate}
+            meta: Event = {"id": migration, "peer": channel.peer, "secret": secret}
+            meta |= {"certificate": caller.certificate, "policy": (policy.path, policy.text)}
             data = self._spawner.spawn({**meta, "directory": str(self._directory)}, control)
         incoming = self._incoming[migration] = Incoming(
             secret, channel.peer, data, certificate=caller.certificate

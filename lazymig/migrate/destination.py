@@ -7,6 +7,7 @@ connections. Until it answers a commit every failure ends in `_abort`, after whi
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import time
@@ -16,13 +17,14 @@ from typing import Any
 
 import trio
 
-from lazymig.errors import LazymigError, PeerLostError, ProtocolError, RefusedError
+from lazymig.errors import LazymigError, PeerLostError, ProtocolError, Refusal, RefusedError, unsound
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames, layer
 from lazymig.migrate import offer as offers
 from lazymig.migrate.builder import Builder
 from lazymig.migrate.capture import Capture
 from lazymig.migrate.channel import PATIENCE_S, Channel
+from lazymig.migrate.judge import Judge
 from lazymig.migrate.lazy_phase import Connection, LazyPhase
 from lazymig.migrate.options import Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
@@ -40,6 +42,7 @@ from lazymig.migrate.states import (
 from lazymig.process.descriptors import dump_from
 from lazymig.process.files import FileReceiver
 from lazymig.process.vmas import Layout
+from lazymig.secure.policy import Policy
 from lazymig.skeleton.keeper import Listening
 from lazymig.uffd.lazy import LazyMemory
 from page_server.receiver import BulkReceiver
@@ -56,8 +59,11 @@ class DestinationMigration:
         data: trio.MemoryReceiveChannel[Connection],
         tell: Callable[[dict[str, Any]], None],
         entry: Entry,
+        judge: Judge | None = None,
     ) -> None:
         self.control = control
+        self._judge = judge or Judge(Policy())
+        self._time = trio.CancelScope()  # until commit, where the policy bounds it
         self._data = data
         self._tell = tell  # events for the daemon
         self.entry = entry  # for whoever goes on when this process dies
@@ -85,8 +91,13 @@ class DestinationMigration:
     async def run(self) -> None:
         """Receives one process. Errors are told to the source; before commit nothing is left here."""
         try:
-            if await self._negotiate():
-                await self._receive()
+            with self._time:
+                seconds = self._judge.policy.limits.seconds
+                self._time.deadline = trio.current_time() + seconds if seconds else math.inf
+                if await self._negotiate():
+                    await self._receive()
+            if self._time.cancelled_caught:
+                self._judge.policy.check_limit("seconds", (seconds or 0) + 1)
         except BaseException as e:
             if self.committed:
                 if Destination.FAILED in DESTINATION_TRANSITIONS[self.machine.state]:
@@ -130,6 +141,10 @@ class DestinationMigration:
                 break
             await self.control.send({"t": "pong"})
         self.offer = offers.Offer.from_wire(frame)
+        refusals = self._judge.offer(self.offer.tids, self.offer.fds, self.offer.who)
+        if refusals:
+            await self._refuse(refusals)
+            return False
         missing = offers.files_to_ship(self.offer)
         if missing:
             self.files.want(missing)
@@ -137,12 +152,15 @@ class DestinationMigration:
             await offers.receive_files(self.control, self.files)
         refusals, notes = offers.check_offer(self.offer)
         if refusals:
-            await self.control.send({"t": "refuse", "refusals": [r.to_wire() for r in refusals]})
-            self.machine.to(Destination.ABORTED)
-            self._tell({"event": "aborted", "error": RefusedError(refusals).to_wire()})
+            await self._refuse(refusals)
             return False
         await self.control.send({"t": "accept", "notes": notes})
         return not self.offer.dry_run
+
+    async def _refuse(self, refusals: list[Refusal]) -> None:
+        await self.control.send({"t": "refuse", "refusals": [r.to_wire() for r in refusals]})
+        self.machine.to(Destination.ABORTED)
+        self._tell({"event": "aborted", "error": RefusedError(refusals).to_wire()})
 
     async def _open_data(self) -> None:
         for _ in range(self.offer.streams + 1):
@@ -186,7 +204,9 @@ class DestinationMigration:
                 await self.control.send({"t": "round-done", "seq": seq})
             elif frame["t"] == "parent":
                 pages = RangeSet.from_bytes(attachment) & self._built.memory.layout.ranges()
-                load = partial(layer.load, *frames.parent(frame), self.offer.pid)
+                directory, number = frames.parent(frame)
+                self._judge.images(directory)
+                load = partial(layer.load, directory, number, self.offer.pid)
                 await trio.to_thread.run_sync(load, pages, self._built.mem_fd)
                 await self.control.send({"t": "parent-done"})
             elif frame["t"] == "drop":
@@ -203,6 +223,7 @@ class DestinationMigration:
         if frame["t"] != "layout":
             raise ProtocolError("the first frame is not a layout")
         layout = Layout(frames.change(frame).diff.map)
+        self._judge.layout(layout)
         with Listening(self.entry.path.with_suffix(".keeper")) as listening:
             self.builder = Builder(self.offer.pid, layout, listening)
         pid = self.offer.pid
@@ -214,6 +235,7 @@ class DestinationMigration:
 
     def _apply(self, change: frames.Change) -> None:
         self._built.apply(change.diff, change.sizes)
+        self._judge.layout(self._built.memory.layout)
         self._built.register_membarrier(change.membarrier)
         if change.tids is not None:
             self._built.skeleton.set_threads(change.tids)
@@ -252,6 +274,8 @@ class DestinationMigration:
             self._steps[name] = (t[-1] - t[-2]) * 1e3
 
         captured = Capture.from_wire(frame)
+        with unsound("a state"):
+            self._judge.state(captured)
         restored = builder.restore(captured)
         step("state")
         prepare = frames.prepare(*self.control.expect_now("prepare"))
@@ -283,6 +307,7 @@ class DestinationMigration:
     async def _run_it(self, signals: list[int]) -> None:
         builder = self._built
         self.machine.take("commit", {Act.KEEP: builder.commit})
+        self._time.deadline = math.inf
         for r in self.receivers:
             give_way(r.thread_id)
 

@@ -12,6 +12,7 @@ from lazymig.errors import LazymigError, ProtocolError, Refusal, RefusedError, u
 from lazymig.kernel import kdat
 from lazymig.migrate import frames
 from lazymig.migrate.channel import PATIENCE_S, Channel
+from lazymig.migrate.judge import Who, describe
 from lazymig.migrate.options import MigrateOptions, Mode, Stdio
 from lazymig.migrate.target import Target
 from lazymig.pb import descriptors_pb2
@@ -44,6 +45,7 @@ class Offer:
     cpu: dict[str, Any]
     fds: bytes  # a DescriptorsDump draft
     files: list[files.FileFacts]
+    who: Who = field(default_factory=Who)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -61,6 +63,7 @@ class Offer:
             "cpu": self.cpu,
             "fds": self.fds,
             "files": [f.to_wire() for f in self.files],
+            "who": self.who.to_wire(),
         }
 
     @staticmethod
@@ -78,6 +81,7 @@ class Offer:
                 cpu=dict(w["cpu"]),
                 fds=frames.octets(w["fds"]),
                 files=[files.FileFacts.from_wire(f) for f in frames.rows(w["files"], MAX_FILES)],
+                who=Who.from_wire(w.get("who")),
             )
         if offer.pid != offer.tids[0]:
             raise ProtocolError("its main thread is not the first", subject=f"pid {offer.pid}")
@@ -97,7 +101,7 @@ def make_offer(target: Target, options: MigrateOptions, dumper: DescriptorDumper
     if missing := kdat.features().missing("source"):
         refusals += [Refusal("kernel-feature", p.name, p.meaning) for p in missing]
     if refusals:
-        return Offer(options.pid, [], options.mode, 0, False, False, 0, {}, b"", [], refusals, notes)
+        return Offer(options.pid, [], options.mode, 0, False, False, 0, {}, b"", [], Who(), refusals, notes)
     draft = dumper.draft(target.mapped_objects())
     return Offer(
         pid=options.pid,
@@ -110,6 +114,7 @@ def make_offer(target: Target, options: MigrateOptions, dumper: DescriptorDumper
         cpu=cpu.facts(),
         fds=draft.SerializeToString(),
         files=_files(draft, layout),
+        who=describe(options.pid, os.readlink(f"/proc/{options.pid}/exe"), layout),
         notes=[*notes, *draft.warning],
     )
 

@@ -23,6 +23,7 @@ from lazymig.errors import LazymigError, ProcessGoneError
 from lazymig.kernel import procfs, ptrace
 from lazymig.migrate.channel import Channel
 from lazymig.migrate.destination import DestinationMigration
+from lazymig.migrate.judge import Judge
 from lazymig.migrate.lazy_phase import Connection, LazyPhase
 from lazymig.migrate.placement import give_way
 from lazymig.migrate.registry import Entry
@@ -122,7 +123,11 @@ async def _receive(data: socket.socket, meta: Mapping[str, Any], control: socket
     entry = Entry(Path(meta["directory"]), meta["id"], **fields)
     links = Worker(data, entry)
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
-    migration = DestinationMigration(Channel(stream, meta["peer"]), links.connections, links.tell, entry)
+    judge = Judge.of(*meta["policy"])
+    control_channel = Channel(stream, meta["peer"])
+    limits = judge.policy.limits
+    control_channel.bound(limits.frame, limits.attachment)
+    migration = DestinationMigration(control_channel, links.connections, links.tell, entry, judge)
     links.committed = lambda: migration.committed
     await links.run(migration.run)
 

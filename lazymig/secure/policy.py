@@ -104,6 +104,11 @@ class Policy:
                 if not any(n in r for r in allowed or ()):
                     raise self._refuse(rule, "does not hold it", f"{rule[-4:-1]} {n}")
 
+    def check_capabilities(self, some: bool) -> None:
+        """Without user 0 among ``processes.uids`` nobody may have capabilities: they would make up for it."""
+        if some and self.uids is not None and not any(0 in r for r in self.uids):
+            raise self._refuse("processes.uids", "does not hold 0, so no capabilities either", "capabilities")
+
     def check_executable(self, path: str, build_id: Callable[[str], str]) -> None:
         """Whether this program may run here. ``build_id``: of a file, in hex, "" if it has none."""
         if self.executables is None:
