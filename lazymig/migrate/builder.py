@@ -22,7 +22,7 @@ from lazymig.migrate.options import Mode
 from lazymig.migrate.parts import lazy_capable
 from lazymig.pb import descriptors_pb2
 from lazymig.process import calls, state
-from lazymig.process.descriptors import DescriptorRestorer, dump_from
+from lazymig.process.descriptors import DescriptorRestorer
 from lazymig.process.limits import register_membarrier
 from lazymig.process.threads import restore_thread, restore_xcomp, set_final, write_rseq_cs
 from lazymig.process.vmas import Kind, Layout, LayoutDiff, Vma
@@ -61,6 +61,7 @@ class Builder:
         self.skeleton = Skeleton(pid, layout, listening)
         self.memory = SkeletonMemory(self.skeleton, self._open_file)
         self.mem_fd = -1
+        self._exe = -1  # the program's descriptor in the skeleton, from `install` to `restore`
         self.uffd: Userfaultfd
 
     def open(self, draft: descriptors_pb2.DescriptorsDump, highest_fd: int) -> None:
@@ -128,32 +129,41 @@ class Builder:
 
     # ---- state
 
+    def install(self, fds: descriptors_pb2.DescriptorsDump, tids: Sequence[int], exe: str) -> None:
+        """Makes the threads, puts every descriptor in its place and the program where `restore` finds it.
+
+        ``fds`` is the final dump, of the stopped process.
+        """
+        with unsound("descriptors"):
+            self.skeleton.set_threads(tids)
+            placements = self.restorer.finish(fds)
+            program = self._open_exe(exe)
+            try:
+                shipped = [(p.fd, p.local_fd, p.cloexec) for p in placements]
+                (self._exe,) = self.skeleton.install_fds(shipped, [program])
+            finally:
+                os.close(program)
+            self.restorer.shipped()
+
     def restore(self, captured: Capture) -> Restored:
-        """Puts back descriptors and state, as far as no page has to be in place for that."""
+        """Puts back state, as far as no page has to be in place for that; descriptors and threads are there."""
         with unsound("a state"):
             return self._restore(captured)
 
     def _restore(self, captured: Capture) -> Restored:
         skeleton, pid = self.skeleton, self.pid
-        skeleton.set_threads([i.state.tid for i in captured.threads])
-        placements = self.restorer.finish(dump_from(captured.fds))
-        exe = self._open_exe(state.exe_path(captured.process))
-        try:
-            skeleton.install_fds([(p.fd, p.local_fd, p.cloexec) for p in placements])
-            (exe_there,) = skeleton.receive_fds([exe])
-        finally:
-            os.close(exe)
-        self.restorer.shipped()
+        if [i.state.tid for i in captured.threads] != skeleton.tids:
+            raise ProtocolError("the state is not of these threads", subject=f"pid {pid}")
         if captured.seccomp:
             skeleton.suspend_seccomp()
         warnings = state.restore_outside(captured.process, pid)
         main = skeleton.main
         first = [
             restore_xcomp(main, captured.xcomp),
-            state.restore_process(main, captured.process, pid=pid, exe_fd=exe_there),
+            state.restore_process(main, captured.process, pid=pid, exe_fd=self._exe),
         ]
         warnings += run_steps(main, *first)[1]
-        skeleton.close_fds([exe_there])
+        skeleton.close_fds([self._exe])
         groups: list[tuple[Batch, Any]] = []
         for slot, (image, data) in enumerate(zip(captured.threads, captured.thread_states, strict=True)):
             tid = image.state.tid

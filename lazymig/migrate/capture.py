@@ -1,20 +1,22 @@
-"""Everything of the frozen process but its memory, read in one go: what the prepare frame carries."""
+"""Everything of the frozen process but its memory and descriptors, read in one go: what the state frame carries."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from lazymig.errors import LazymigError, ProtocolError, unsound
 from lazymig.kernel.batch import run_all_steps
+from lazymig.kernel.inject import Injection
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames
 from lazymig.migrate.frames import MAX_THREADS
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
 from lazymig.process import state
-from lazymig.process.descriptors import DescriptorDumper
 from lazymig.process.threads import ThreadImage, dump_thread, dump_xcomp
 from lazymig.process.vmas import Kind
 
@@ -29,20 +31,18 @@ class Capture:
     xcomp: int  # permitted extended-state features, a bit mask
     process: bytes  # a state.ProcessState message
     thread_states: list[bytes]  # one message for each of `threads`
-    fds: bytes  # a DescriptorsDump message
     pending: list[list[int]]  # signals that wait, for each thread
     seccomp: bool = False  # filters may be among the states
     guards: RangeSet = field(default_factory=RangeSet)
     untracked_shared: RangeSet = field(default_factory=RangeSet)  # written past the tracker; not sent
 
     def to_wire(self) -> dict[str, Any]:
-        """As the prepare frame carries it."""
+        """As the state frame carries it."""
         return {
             "threads": [t.to_wire() for t in self.threads],
             "xcomp": self.xcomp,
             "process": self.process,
             "thread_states": self.thread_states,
-            "fds": self.fds,
             "pending": self.pending,
             "seccomp": self.seccomp,
             "guards": self.guards.to_bytes(),
@@ -60,53 +60,54 @@ class Capture:
             states = [frames.octets(s) for s in frames.rows(w["thread_states"], MAX_THREADS)]
             capture = Capture(
                 threads, frames.number(w["xcomp"], (1 << 64) - 1), frames.octets(w["process"]), states,
-                frames.octets(w["fds"]), pending, bool(w["seccomp"]), RangeSet.from_bytes(w["guards"]),
+                pending, bool(w["seccomp"]), RangeSet.from_bytes(w["guards"]),
             )  # fmt: skip
         if not threads or not len(threads) == len(states) == len(pending):
             raise ProtocolError("threads do not match")
         return capture
 
 
-def capture(target: Target, dumper: DescriptorDumper) -> Capture:
-    """Reads the state of the stopped process; afterwards it is as it was, but for running.
+@contextmanager
+def capture(target: Target) -> Iterator[Capture]:
+    """Reads the state of the stopped process; on leaving the context it is as it was, but for running.
 
-    Raises LazymigError when it changed into something that cannot be moved.
+    What waits for the state need not wait for that. Raises LazymigError.
     """
     stopped = target.stopped
-    pid = target.pid
-    results = _read(target)
+    with target.injection() as inj:
+        results = _read(target, inj)
+        yield Capture(
+            threads=[r[0] for r in results],
+            xcomp=results[0][2],
+            process=results[0][3],
+            thread_states=[r[1] for r in results],
+            pending=[stopped.due(t) for t in stopped.threads],
+            seccomp=target.seccomp,
+            guards=_guards(target),
+            untracked_shared=target.layout.ranges(Kind.MEMFD),
+        )
+
+
+def no_children(target: Target) -> None:
+    """Raises LazymigError when the stopped process has children: they would stay behind."""
     if target.children():
-        raise LazymigError("it has children now", code="has-children", subject=f"pid {pid}")
-    fds = dumper.final(target.mapped_objects())
-    layout = target.layout
-    return Capture(
-        threads=[r[0] for r in results],
-        xcomp=results[0][2],
-        process=results[0][3],
-        thread_states=[r[1] for r in results],
-        fds=fds.SerializeToString(),
-        pending=[target.stopped.due(t) for t in stopped.threads],
-        seccomp=target.seccomp,
-        guards=_guards(target),
-        untracked_shared=layout.ranges(Kind.MEMFD),
-    )
+        raise LazymigError("it has children now", code="has-children", subject=f"pid {target.pid}")
 
 
-def _read(target: Target) -> list[list[Any]]:
+def _read(target: Target, inj: Injection) -> list[list[Any]]:
     """What the stopped threads say of themselves."""
     pid, stopped = target.pid, target.stopped
-    with target.injection() as inj:
-        batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
-        groups = []
-        for i, (batch, thread) in enumerate(zip(batches, stopped.threads, strict=True)):
-            steps = [
-                dump_thread(batch, thread),
-                state.dump_thread(batch, pid, thread.tid, seccomp=target.seccomp),
-            ]
-            if i == 0:
-                steps += [dump_xcomp(batch), state.dump_process(batch, pid)]
-            groups.append((batch, steps))
-        return run_all_steps(groups)
+    batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
+    groups = []
+    for i, (batch, thread) in enumerate(zip(batches, stopped.threads, strict=True)):
+        steps = [
+            dump_thread(batch, thread),
+            state.dump_thread(batch, pid, thread.tid, seccomp=target.seccomp),
+        ]
+        if i == 0:
+            steps += [dump_xcomp(batch), state.dump_process(batch, pid)]
+        groups.append((batch, steps))
+    return run_all_steps(groups)
 
 
 def rehearse() -> None:
@@ -118,7 +119,8 @@ def rehearse() -> None:
     target = Target(child)
     try:
         target.stop()
-        _read(target)
+        with capture(target):
+            pass
     finally:
         target.close()
         os.kill(child, signal.SIGKILL)

@@ -182,7 +182,7 @@ class DestinationMigration:
         first = True
         while True:
             frame, attachment = await self.control.expect(
-                "layout", "parent", "round", "drop", "file", "state", within=_ROUND_PATIENCE_S
+                "layout", "parent", "round", "drop", "file", "descriptors", within=_ROUND_PATIENCE_S
             )
             if frame["t"] == "file":
                 self.files.handle(frames.file_head(frame), attachment)
@@ -273,6 +273,11 @@ class DestinationMigration:
             t.append(time.perf_counter())
             self._steps[name] = (t[-1] - t[-2]) * 1e3
 
+        described = frames.descriptors(frame)
+        builder.install(dump_from(described.fds), described.tids, described.exe)
+        step("descriptors")
+        frame, _ = self.control.expect_now("state")
+        step("wait for state")
         captured = Capture.from_wire(frame)
         with unsound("a state"):
             self._judge.state(captured)

@@ -103,6 +103,21 @@ def file_head(frame: Frame) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True)
+class Descriptors:
+    """The descriptors frame."""
+
+    tids: list[int]
+    fds: bytes  # a DescriptorsDump message
+    exe: str  # path of the program
+
+
+def descriptors(frame: Frame) -> Descriptors:
+    """Of the frozen process."""
+    with unsound("descriptors"):
+        return Descriptors(tids_of(frame["tids"]), octets(frame["fds"]), os.fsdecode(octets(frame["exe"])))
+
+
+@dataclass(frozen=True, slots=True)
 class Prepare:
     """The prepare frame."""
 

@@ -153,9 +153,10 @@ def check_files(facts: object) -> None:
         raise RefusedError(found)
 
 
-def writable_facts(capture_fds: bytes, layout: Layout | None = None) -> list[dict[str, object]]:
+def writable_facts(
+    dump: descriptors_pb2.DescriptorsDump, layout: Layout | None = None
+) -> list[dict[str, object]]:
     """The files that the frozen process writes to, as they are now; with ``layout`` also through mappings."""
-    dump = descriptors_pb2.DescriptorsDump.FromString(capture_fds)
     through = [files.facts_of(path, writing=True) for path in _written(layout or Layout([]))]
     found = files.merge([files.facts_of_dump(dump), [f for f in through if f is not None]])
     return [f.to_wire() for f in found if f.writing]

@@ -30,7 +30,7 @@ from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames, registry, resume
 from lazymig.migrate import offer as offers
 from lazymig.migrate.brake import Brake
-from lazymig.migrate.capture import Capture, capture, rehearse
+from lazymig.migrate.capture import Capture, capture, no_children, rehearse
 from lazymig.migrate.channel import PATIENCE_S
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
@@ -411,7 +411,7 @@ class SourceMigration:
             self.target.stop()
             step("stop")
             try:
-                captured = capture(self.target, self.dumper)
+                fds = self.dumper.final(self.target.mapped_objects())
                 break
             except RefusedError as e:
                 # An event that waits to be read, a message in a queue: the process takes it in a moment.
@@ -421,9 +421,14 @@ class SourceMigration:
                 await trio.sleep(_THAW_S)
         for path in self.files.changed():
             await self.files.ship(path)
-        # The destination puts the state back while the memory is looked through here.
-        self.links.control.send_now({"t": "state", **captured.to_wire()})
-        step("state")
+        # The destination has its part to do with each of these frames while this host reads on.
+        frame: Event = {"t": "descriptors", "tids": self.target.tids(), "fds": fds.SerializeToString()}
+        self.links.control.send_now({**frame, "exe": os.readlink(f"/proc/{self.options.pid}/exe".encode())})
+        step("descriptors")
+        with capture(self.target) as captured:
+            self.links.control.send_now({"t": "state", **captured.to_wire()})
+            step("state")
+        no_children(self.target)
         self.target.refresh_layout(with_flags=self.options.mode in (Mode.POSTCOPY, Mode.STOP_AND_COPY))
         step("layout")
         eager, lazy, gone = self._residual(captured)
@@ -433,8 +438,8 @@ class SourceMigration:
         step("diff")
         self.machine.to(Source.PREPARE)
         self._seq += 1
-        frame: Event = {"t": "prepare", "seq": self._seq, "lazy_len": len(lazy) * 16}
-        frame["files"] = offers.writable_facts(captured.fds, self.target.layout)
+        frame = {"t": "prepare", "seq": self._seq, "lazy_len": len(lazy) * 16}
+        frame["files"] = offers.writable_facts(fds, self.target.layout)
         if d:
             frame["diff"] = d.to_wire()
             frame["objects"] = self.target.object_sizes()
@@ -451,9 +456,10 @@ class SourceMigration:
         self.pages.start(lazy)
         if self._last_drop:
             self.links.control.expect_now("dropped")
+        late = self.target.late_signals(captured.pending[0])
         ready, _ = self.links.control.expect_now("ready")
         step("prepare")
-        connected = await self._commit(captured.pending[0], self.target.late_signals(captured.pending[0]))
+        connected = await self._commit(captured.pending[0], late)
         step("commit")
         downtime = (t[-1] - t[0]) * 1e3 - self.links.round_trip_ms / 2
         anywhere()
@@ -490,9 +496,10 @@ class SourceMigration:
         control = self.links.control
 
         def hold() -> None:
+            # Before SIGSTOP, which wipes out a SIGCONT that waits; and once more: it may have been killed.
+            seen = self.target.late_signals(known, quick=True)
             self.target.hold_frozen()
-            # Once more: it may have been killed. (Not only now: the stop has wiped out a SIGCONT that waited.)
-            late[:] = sorted({*late, *self.target.late_signals(known)})
+            late[:] = sorted({*late, *seen, *self.target.late_signals(known, quick=True)})
             self._handed_over = True
 
         with trio.CancelScope(shield=True):

@@ -17,6 +17,7 @@ from lazymig.kernel.inject import Injection, find_gadget
 from lazymig.kernel.pagemap import Pagemap, VmaSnapshots
 from lazymig.kernel.ptrace import ThreadState
 from lazymig.kernel.ranges import RangeSet
+from lazymig.process import signals
 from lazymig.process.descriptors import MappedObject, ObjectKey
 from lazymig.process.limits import MEMBARRIER_GET_REGISTRATIONS
 from lazymig.process.source import SourceProcess
@@ -53,7 +54,7 @@ class Stopped:
 
     def due(self, t: ThreadState) -> list[int]:
         """Signals that wait for a thread: only looked up where the answer matters."""
-        return pending_signals(t.tid)
+        return signals.waiting(t.tid)
 
 
 class Target:
@@ -196,13 +197,14 @@ class Target:
     _held = False
     _closed = False
 
-    def late_signals(self, known: Sequence[int]) -> list[int]:
-        """The last look before commit: signals that came since the state was read, beside those ``known``.
+    def late_signals(self, known: Sequence[int], *, quick: bool = False) -> list[int]:
+        """The last looks before commit: signals that came since the state was read, beside those ``known``.
 
-        Raises ProcessGoneError when it was killed meanwhile.
+        A ``quick`` one does not see signals that were sent when the queue was full. Raises ProcessGoneError when it
+        was killed meanwhile.
         """
         try:
-            now = pending_signals(self.pid)
+            now = signals.waiting(self.pid) if quick else pending_signals(self.pid)
         except (FileNotFoundError, ProcessLookupError):
             now = [signal.SIGKILL]
         if signal.SIGKILL in now:

@@ -39,16 +39,16 @@ _UNSET_LOGINUID = 0xFFFFFFFF
 def dump(b: Batch, core: core_pb2.task_core_entry, pid: int) -> Steps[None]:
     """Sets ``core``'s limits, personality, child_subreaper and membarrier registrations."""
     subject = f"pid {pid}"
-    outs = [b.out(_RLIMIT.size) for _ in _RLIMITS]
-    limits = [b.call(SYS.prlimit64, 0, n, 0, o.addr) for n, o in enumerate(outs)]
+    out = b.out(_RLIMIT.size * len(_RLIMITS))
+    rows = [(0, n, 0, out.addr + n * _RLIMIT.size, 0, 0) for n in range(len(_RLIMITS))]
+    limits = b.calls(SYS.prlimit64, rows)
     personality = b.call(SYS.personality, _PERSONALITY_GET)
     flag = b.out(4)
     subreaper = b.call(SYS.prctl, _PR_GET_CHILD_SUBREAPER, flag.addr, 0, 0, 0)
     membarrier = b.call(SYS.membarrier, MEMBARRIER_GET_REGISTRATIONS, 0, 0)
     yield
-    for name, c, o in zip(_RLIMITS, limits, outs, strict=True):
-        c.check(f"prlimit64(RLIMIT_{name})", subject)
-        cur, most = _RLIMIT.unpack(o.data)
+    limits.check("prlimit64", [f"{subject} RLIMIT_{name}" for name in _RLIMITS])
+    for cur, most in _RLIMIT.iter_unpack(out.data):
         core.rlimits.rlimits.add(cur=cur, max=most)
     core.personality = personality.check("personality", subject)
     subreaper.check("prctl(PR_GET_CHILD_SUBREAPER)", subject)

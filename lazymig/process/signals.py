@@ -17,6 +17,7 @@ from lazymig.pb import sa_pb2, siginfo_pb2
 
 _KILL, _STOP = 9, 19  # asm/signal.h: they have no action
 NUMBERS = tuple(n for n in range(1, 65) if n not in (_KILL, _STOP))  # the order of CRIU's lists too
+_NAMES = tuple(f"signal {n}" for n in NUMBERS)
 _ACTION = struct.Struct("<4Q")
 _MASK_SIZE = 8
 _AT_ONCE = 16  # a thread's batch has room for about 4 KiB
@@ -26,12 +27,11 @@ _MOST = 1 << 17
 def dump_actions(b: Batch) -> Steps[list[sa_pb2.sa_entry]]:
     """The actions of `NUMBERS`, which all threads share."""
     out = b.out(_ACTION.size * len(NUMBERS))
-    calls = [
-        b.call(SYS.rt_sigaction, n, 0, out.addr + i * _ACTION.size, _MASK_SIZE) for i, n in enumerate(NUMBERS)
-    ]
+    places = range(out.addr, out.addr + out.size, _ACTION.size)
+    rows = [(n, 0, at, _MASK_SIZE, 0, 0) for n, at in zip(NUMBERS, places, strict=True)]
+    calls = b.calls(SYS.rt_sigaction, rows)
     yield
-    for n, c in zip(NUMBERS, calls, strict=True):
-        c.check("rt_sigaction", f"signal {n}")
+    calls.check("rt_sigaction", _NAMES)
     return [_entry(*words) for words in _ACTION.iter_unpack(out.data)]
 
 
@@ -44,12 +44,13 @@ def restore_actions(b: Batch, actions: Sequence[sa_pb2.sa_entry]) -> Steps[None]
     """Sets the actions. All of them: a clone keeps what its parent ignored."""
     if len(actions) != len(NUMBERS):
         raise ProtocolError(f"{len(NUMBERS)} signal actions are needed, not {len(actions)}")
-    packed = b"".join(_ACTION.pack(a.sigaction, a.flags, a.restorer, a.mask) for a in actions)
-    at = b.put(packed)
-    calls = [b.call(SYS.rt_sigaction, n, at + i * _ACTION.size, 0, _MASK_SIZE) for i, n in enumerate(NUMBERS)]
+    packed = b"".join([_ACTION.pack(a.sigaction, a.flags, a.restorer, a.mask) for a in actions])
+    start = b.put(packed)
+    places = range(start, start + len(packed), _ACTION.size)
+    rows = [(n, at, 0, _MASK_SIZE, 0, 0) for n, at in zip(NUMBERS, places, strict=True)]
+    calls = b.calls(SYS.rt_sigaction, rows)
     yield
-    for n, c in zip(NUMBERS, calls, strict=True):
-        c.check("rt_sigaction", f"signal {n}")
+    calls.check("rt_sigaction", _NAMES)
 
 
 def dump_pending(tid: int, *, shared: bool) -> siginfo_pb2.signal_queue_entry:
@@ -62,6 +63,15 @@ def dump_pending(tid: int, *, shared: bool) -> siginfo_pb2.signal_queue_entry:
         if _number(info) != _STOP:
             queue.signals.add(siginfo=info)
     return queue
+
+
+def waiting(tid: int) -> list[int]:
+    """Numbers of what waits for a stopped thread or its process: a tenth of the time that /proc takes to tell.
+
+    A signal that was sent when the queue was full (RLIMIT_SIGPENDING) is not among them. ProcessGoneError also when
+    the process is just being killed (ptrace_freeze_traced of the kernel).
+    """
+    return [_number(info) for shared in (False, True) for info in peek_signals(tid, shared=shared)]
 
 
 def numbers(queue: siginfo_pb2.signal_queue_entry) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
@@ -79,6 +80,7 @@ def dump_thread(b: Batch, pid: int, tid: int, *, seccomp: bool = False) -> Steps
     return state.SerializeToString()
 
 
+@lru_cache(2)  # the steps of a restore ask for the same one again and again; nobody changes it
 def process_state(data: bytes) -> state_pb2.ProcessState:
     """Reads a ProcessState message; ProtocolError when it is none."""
     try:

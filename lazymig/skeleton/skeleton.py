@@ -172,17 +172,19 @@ class Skeleton:
         self.run(*[("close", SYS.close, got[i]) for i in low])
         return high
 
-    def install_fds(self, placements: Sequence[tuple[int, int, bool]]) -> None:
-        """Puts descriptors of this process at their numbers: (number there, descriptor here, close-on-exec)."""
-        if not placements:
-            return
-        self.reserve_fds(max(p[0] for p in placements))
-        temporary = self.receive_fds([p[1] for p in placements])
+    def install_fds(self, placements: Sequence[tuple[int, int, bool]], more: Sequence[int] = ()) -> list[int]:
+        """Puts descriptors of this process at their numbers: (number there, descriptor here, close-on-exec).
+
+        Ships ``more`` along with them; returns the numbers that those have there, for as long as they are needed.
+        """
+        self.reserve_fds(max((p[0] for p in placements), default=0))
+        temporary = self.receive_fds([*(p[1] for p in placements), *more])
         calls: list[tuple[str | int, ...]] = []
-        for (number, _, cloexec), at in zip(placements, temporary, strict=True):
+        for (number, _, cloexec), at in zip(placements, temporary, strict=False):
             calls.append(("dup3", SYS.dup3, at, number, _O_CLOEXEC if cloexec else 0))
             calls.append(("close", SYS.close, at))
         self.run(*calls)
+        return temporary[len(placements) :]
 
     def close_fds(self, numbers: Sequence[int]) -> None:
         """Closes descriptors of the process."""
