@@ -82,8 +82,7 @@ def build(folder: Path) -> Path:
         "thread-state": state["thread_states"],
         "descriptors": [
             final.SerializeToString(),
-            state["fds"],
-            next(s.frame["fds"] for s in r.source if s.name == "offer"),
+            *(s.frame["fds"] for s in r.source if s.name in ("offer", "descriptors")),
         ],
         "compressed-pages": [bytes([i]) + (7096).to_bytes(3, "little") + p for i, p in enumerate(packed)],
         "images": [p.name.encode() + b"\0" + p.read_bytes() for p in images],

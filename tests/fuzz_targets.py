@@ -142,10 +142,10 @@ def _destination(frame: dict, attachment: bytes) -> None:
                 taken.handle(frames.file_head(frame), attachment)
             finally:
                 taken.undo()
+        case "descriptors":
+            dump_from(frames.descriptors(frame).fds)
         case "state":
-            captured = Capture.from_wire(frame)
-            dump_from(captured.fds)
-            _put_back(captured)
+            _put_back(Capture.from_wire(frame))
         case "prepare":
             offer.check_files(frames.prepare(frame, attachment).files)
         case "commit":
