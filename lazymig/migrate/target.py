@@ -29,6 +29,9 @@ from lazymig.track.wp_async import Mapped, WpAsyncTracker, guard_pages
 from lazymig.uffd.uffd import FEATURES_TRACK, Userfaultfd
 
 _O_CLOEXEC_NONBLOCK = 0o2004000
+# Linux 5.11. All that a process without privileges may make; asynchronous write protection never waits for anybody, in
+# the kernel's own accesses neither, so there is no difference.
+_UFFD_USER_MODE_ONLY = 1
 MAIN_CALLS, MAIN_SIZE = 1024, 256 << 10
 _STOP_TRIES, _STOP_NS, _STOP_PAUSE_S = 40, 250_000_000, 0.1
 THREAD_CALLS, THREAD_SIZE = 96, 16 << 10
@@ -182,6 +185,8 @@ class Target:
             os.kill(self.pid, signal.SIGSTOP)
         except ProcessLookupError:
             raise ProcessGoneError("it was killed in the freeze", subject=f"pid {self.pid}") from None
+        except PermissionError:
+            raise SyscallError("kill", errno.EPERM, subject=f"pid {self.pid}") from None
         self._held = True
 
     def release_hold(self) -> None:
@@ -305,7 +310,7 @@ class Target:
         self.stop()
         try:
             with self.injection() as inj:
-                fd = inj.step("userfaultfd", SYS.userfaultfd, _O_CLOEXEC_NONBLOCK)
+                fd = inj.step("userfaultfd", SYS.userfaultfd, _O_CLOEXEC_NONBLOCK | _UFFD_USER_MODE_ONLY)
                 try:
                     ours = self.source.getfd(fd)
                 finally:
