@@ -64,6 +64,29 @@ class RemoteSideError(LazymigError):
     """An error that the other host reported; keeps that host's code."""
 
 
+# The capability without which a call fails with EPERM or EACCES (docs/privileges.md).
+_NEEDS = {
+    "setgroups": "CAP_SETGID",
+    "setresgid": "CAP_SETGID",
+    "setresuid": "CAP_SETUID",
+    "prctl(PR_SET_SECUREBITS)": "CAP_SETPCAP",
+    "capset": "every capability that the process has",
+    "setpriority": "CAP_SYS_NICE",
+    "sched_setattr": "CAP_SYS_NICE",
+    "ioprio_set": "CAP_SYS_NICE",
+    "clone3 with set_tid": "CAP_CHECKPOINT_RESTORE",
+    "prctl(PR_SET_MM_MAP)": "CAP_CHECKPOINT_RESTORE",
+    "userfaultfd": "CAP_SYS_PTRACE",
+    "PTRACE_SEIZE": "CAP_SYS_PTRACE",
+    "PTRACE_SECCOMP_GET_FILTER": "CAP_SYS_ADMIN",
+    "PTRACE_SETOPTIONS": "CAP_SYS_ADMIN",
+    "seccomp(SECCOMP_SET_MODE_FILTER)": "CAP_SYS_ADMIN",
+    "chroot": "CAP_SYS_CHROOT",
+    "mlock2": "CAP_IPC_LOCK",
+    "kill": "CAP_KILL",
+}
+
+
 class SyscallError(LazymigError):
     """A system call that failed, here or inside a traced process. ``errno`` is positive."""
 
@@ -73,6 +96,8 @@ class SyscallError(LazymigError):
         self.call = call
         self.errno = errno
         name = _errno.errorcode.get(errno, str(errno))
+        if not hint and errno in (_errno.EPERM, _errno.EACCES) and call in _NEEDS:
+            hint = f"it needs {_NEEDS[call]}: see docs/privileges.md"
         super().__init__(f"{call} failed with {name} ({os.strerror(errno)})", subject=subject, hint=hint)
 
 

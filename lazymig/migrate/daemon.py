@@ -24,6 +24,7 @@ from lazymig.migrate.session import first_error
 from lazymig.migrate.spawner import Spawner, send_fds
 from lazymig.migrate.states import JUDGEMENTS, Verdict, Word
 from lazymig.migrate.worker import dial_worker, was_let_go, worker
+from lazymig.process import capabilities
 from lazymig.secure.tls import TlsError
 
 Event = dict[str, Any]
@@ -352,6 +353,8 @@ def run_daemon(options: DaemonOptions, on_event: Callable[[Event], None]) -> Non
         lock = registry.lock_directory(
             directory
         )  # after the fork: workers outlive the daemon, and must not have it
+        # Who listens to strangers needs no privilege; workers, which do, come from the spawner, another process.
+        capabilities.give_up_all_but(("CAP_NET_BIND_SERVICE",))
         trio.run(_until_told, Daemon(spawner, options, on_event, gate))
     except BaseExceptionGroup as group:
         raise first_error(group) from None

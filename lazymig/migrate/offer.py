@@ -98,6 +98,13 @@ def make_offer(target: Target, options: MigrateOptions, dumper: DescriptorDumper
     layout = target.refresh_layout(with_flags=True)
     refusals, notes = preflight.collect_refusals(options.pid, layout)
     refusals += dumper.refusals(target.mapped_objects())
+    try:
+        os.kill(options.pid, 0)
+    except PermissionError:
+        why = "it cannot be held at the hand-over: CAP_KILL is lacking here"
+        refusals.append(Refusal("privileges", f"pid {options.pid}", why, "see docs/privileges.md"))
+    except ProcessLookupError:
+        pass  # whoever looks next says so
     if missing := kdat.features().missing("source"):
         refusals += [Refusal("kernel-feature", p.name, p.meaning) for p in missing]
     if refusals:

@@ -24,6 +24,7 @@ from lazymig.arch import SYS
 from lazymig.errors import UNSOUND, LazymigError, ProtocolError, Refusal, RefusedError, told, unsound
 from lazymig.kernel.batch import Batch, Call, Steps
 from lazymig.pb import descriptors_pb2, fdinfo_pb2, remap_file_path_pb2
+from lazymig.process import capabilities
 from lazymig.process.fd_memfd import fill_memfd, make_memfd, memfd_name, seal, take_memfd
 from lazymig.process.fd_reg import DELETED, fill_ghost, ghost_key, make_ghost, take_ghost
 from lazymig.process.fdinfo import FL_FLOCK, FL_OFDLCK, FL_POSIX, FdInfo
@@ -511,7 +512,9 @@ class DescriptorRestorer:
         what = told(entry.reg.name) if entry.HasField("reg") else fdinfo_pb2.fd_types.Name(entry.type).lower()
         if not isinstance(e, OSError):
             return ProtocolError(f"unsound: {type(e).__name__}: {e}", subject=ctx.subject(entry.id, what))
-        hint = "raise the open files limit (RLIMIT_NOFILE) of the daemon" if e.errno == errno.EMFILE else ""
+        hint = capabilities.hint(e.errno or 0, capabilities.DESCRIPTORS)
+        if e.errno == errno.EMFILE:
+            hint = "raise the open files limit (RLIMIT_NOFILE) of the daemon"
         return DescriptorError(
             f"cannot be made: {e.strerror}", subject=ctx.subject(entry.id, what), hint=hint
         )
@@ -524,7 +527,8 @@ def _naming(name: str) -> Iterator[None]:
         with unsound("a file without a name", told(name)):
             yield
     except OSError as e:
-        hint = "check space and permissions at the destination"
+        hint = capabilities.hint(e.errno or 0, capabilities.DESCRIPTORS)
+        hint = hint or "check space and permissions at the destination"
         raise DescriptorError(f"cannot be made: {e.strerror}", subject=told(name), hint=hint) from e
 
 

@@ -55,7 +55,7 @@ class SourceProcess:
             self.close()
             if e.errno in (errno.ENOENT, errno.ESRCH):
                 raise ProcessGoneError("it has ended", subject=f"pid {pid}") from e
-            hint = "run as root, or as its user with CAP_SYS_PTRACE"
+            hint = "run as root, or as its user with CAP_SYS_PTRACE; else CAP_DAC_READ_SEARCH is needed too"
             raise SyscallError("reading /proc", e.errno or 0, subject=f"pid {pid}", hint=hint) from e
 
     def __enter__(self) -> SourceProcess:
