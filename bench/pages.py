@@ -15,7 +15,16 @@ from lazymig.plot import Band, Series, short
 
 SMALL = 16  # MiB: smaller processes tell of fixed costs, and are left out of charts by size
 _COLOUR_OF_PHASE = {"preflight": 7, "rounds": 0, "freeze": 1, "drain": 2}
-_MAIN = ("downtime_ms", "stall_ms", "total_ms", "rate_mbps", "wire_mib", "residual_pages", "rounds")
+_MAIN = (
+    "downtime_ms",
+    "stall_ms",
+    "total_ms",
+    "rate_mbps",
+    "wire_mib",
+    "slowdown_percent",
+    "residual_pages",
+    "rounds",
+)
 _COST = ("cpu_s", "cpu_per_gib_s", "peak_mib")
 _FAULTS = ("fault_p50_us", "fault_p99_us", "fault_p999_us", "touch_ms", "total_ms", "downtime_ms")
 _CLIENTS = ("client_gap_ms", "latency_p50_us", "latency_max_us", "downtime_ms", "total_ms", "wire_mib")
@@ -140,15 +149,17 @@ def _by_rate(page: Page, found: Results) -> None:
         if o.runs and all(_plain(o.parameters.get(k)) == v for k, v in alike.items())
     ]
     series = []
-    for way in dict.fromkeys(o.way for o in some):
+    for i, way in enumerate(dict.fromkeys(o.way for o in some)):
         for figure, name in (("downtime_ms", "downtime"), ("stall_ms", "stall")):
-            known = [(o.parameters["pages"], o.summaries().get(figure)) for o in some if o.way == way]
-            points = sorted((pages, s) for pages, s in known if s)
+            known = {o.parameters["pages"]: o.summaries().get(figure) for o in some if o.way == way}
+            points = [(pages, s) for pages, s in sorted(known.items()) if s]
             if len(points) > 1:
                 ranges = [(s.low, s.high) for _, s in points]
                 dashed = figure == "stall_ms"
                 series.append(
-                    Series(f"{name}, {way}", [(x, s.median) for x, s in points], ranges, dashed=dashed)
+                    Series(
+                        f"{name}, {way}", [(x, s.median) for x, s in points], ranges, dashed=dashed, colour=i
+                    )
                 )
     if series:
         ticks = sorted({x for s in series for x, _ in s.points})
@@ -350,17 +361,18 @@ def _switches(page: Page, found: Results) -> None:
     if not known:
         return
     page.section("With and without")
-    page.paragraph(
-        "What the tool chooses by itself or by an option, each time against the same move without it.",
-        dim=True,
-    )
+    page.paragraph("Moves that differ in one choice, each below the move that it is compared with.", dim=True)
     figures = rows([o for pair in known for o in pair], _SWITCHED)
     body: list[list[str | Cell]] = []
-    for o, base in known:
-        for title, one in ((f"{base.name}", base), (f"{o.parameters['switch']}", o)):
+    for base in dict.fromkeys(base.name for _, base in known):
+        pairs_of_base = [(o, b) for o, b in known if b.name == base]
+        first = pairs_of_base[0][1]
+        for cell, one in [
+            (Cell(first.words, kind="base"), first),
+            *((Cell("\u2003" + o.parameters["switch"]), o) for o, _ in pairs_of_base),
+        ]:
             summaries = one.summaries()
-            small = "" if one is o else "the same without the switch"
-            body.append([Cell(title, small), *(_cell(one, f, summaries.get(f)) for f in figures)])
+            body.append([cell, *(_cell(one, f, summaries.get(f)) for f in figures)])
     page.table(["", *(FIGURES[f] for f in figures)], body)
 
 

@@ -114,7 +114,14 @@ def _rates() -> Iterator[Scenario]:
     for pages in (100, 200, 400):  # 20: among the sizes; 50: among the patterns
         yield Scenario(f"rate/{pages}/hybrid", mib=512, pages=pages)
     for pages in (100, 200):
-        yield Scenario(f"rate/{pages}/precopy", mib=512, pages=pages, mode="precopy")
+        yield Scenario(
+            f"rate/{pages}/precopy",
+            mib=512,
+            pages=pages,
+            mode="precopy",
+            base=f"rate/{pages}/hybrid",
+            switch="punch rounds and lazy pages off (--mode precopy)",
+        )
     yield Scenario("rate/200/2048", mib=2048, pages=200, limits=_asked(2048, 200))
 
 
@@ -150,7 +157,7 @@ def _switches() -> Iterator[Scenario]:
         pages=200,
         options=("--no-brake",),
         base="rate/200/2048",
-        switch="brake",
+        switch="--no-brake",
     )
     text = Scenario("switch/compress/off", mib=256, pattern="text", pages=20, link=Link(rate="1gbit"))
     yield text
@@ -172,14 +179,6 @@ def _switches() -> Iterator[Scenario]:
             switch=f"--streams {streams}",
         )
     yield Scenario(
-        "switch/punch/off",
-        mib=512,
-        pages=200,
-        mode="precopy",
-        base="rate/200/hybrid",
-        switch="punch rounds and lazy pages (--mode precopy)",
-    )
-    yield Scenario(
         "switch/max-downtime/100ms",
         mib=512,
         pages=100,
@@ -194,7 +193,7 @@ def _switches() -> Iterator[Scenario]:
         pages=200,
         mode="postcopy",
         base="rate/200/hybrid",
-        switch="rounds (--mode postcopy)",
+        switch="rounds off (--mode postcopy)",
     )
 
 

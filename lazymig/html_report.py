@@ -42,6 +42,7 @@ th:first-child, td:first-child { text-align: left; white-space: normal; }
 .facts td { text-align: left; white-space: normal; } .facts td:first-child { white-space: nowrap; }
 .facts td:first-child { color: var(--dim); }
 td small { color: var(--dim); } .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; }
+td.base { font-weight: 600; padding-top: 14px; }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }
 .tile { background: var(--soft); border-radius: 8px; padding: 10px 14px; min-width: 120px; }
 .tile b { display: block; font-size: 22px; line-height: 1.25; } .tile span { color: var(--dim); font-size: 13px; }

@@ -61,6 +61,7 @@ class Series:
     ranges: Sequence[tuple[float, float]] = ()
     dots: bool = True
     dashed: bool = False
+    colour: int | None = None  # its number; None: its place among the series
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +173,35 @@ class Drawing:
         )
 
 
+def _stroke(s: Series, place: int) -> str:
+    return colour(place if s.colour is None else s.colour)
+
+
 def legend(
-    d: Drawing, names: Sequence[str], bands: Sequence[Band] = (), y: float = 12, first: float = _LEFT
+    d: Drawing,
+    names: Sequence[str | Series],
+    bands: Sequence[Band] = (),
+    y: float = 12,
+    first: float = _LEFT,
 ) -> float:
     """Names with their colours, and those of bands, in as many rows as they need; the y below them."""
     x = first
-    shown = {b.name: (colour(b.colour), "band") for b in bands}
-    for name, (fill, kind) in [*((n, (colour(i), "")) for i, n in enumerate(names)), *shown.items()]:
+    shown: list[tuple[str, str, str]] = []
+    for i, one in enumerate(names):
+        if isinstance(one, Series):
+            shown.append((one.name, _stroke(one, i), "dashed" if one.dashed else ""))
+        else:
+            shown.append((one, colour(i), ""))
+    shown += dict.fromkeys((b.name, colour(b.colour), "band") for b in bands)
+    for name, fill, kind in shown:
         wide = 24 + 6.6 * len(name)
         if x + wide > d.width and x > first:
             x, y = first, y + 18
-        d.box(x, y - 9, 11, 11, fill, kind=kind)
+        if kind == "dashed":
+            d.box(x, y - 5, 4, 3, fill)
+            d.box(x + 7, y - 5, 4, 3, fill)
+        else:
+            d.box(x, y - 9, 11, 11, fill, kind=kind)
         d.text(x + 16, y, name)
         x += wide + 8
     return y + 10
@@ -213,7 +232,7 @@ def lines(
 ) -> str:
     """Lines over an x axis. ``bands``: phases, shaded behind them. Logarithmic axes leave out what is not above 0."""
     d = Drawing()
-    top = legend(d, [s.name for s in series], bands) + 6 if len(series) > 1 or bands else _TOP
+    top = legend(d, list(series), bands) + 6 if len(series) > 1 or bands else _TOP
     all_x = [x for s in series for x, _ in s.points] + [x for b in bands for x in (b.begin, b.end)]
     all_y = [y for s in series for _, y in s.points] + [v for s in series for r in s.ranges for v in r]
     if log_x:
@@ -226,7 +245,7 @@ def lines(
     ticks = x_ticks if x_ticks is not None else xs.ticks(8)
     _axes(d, xs, ys, x_label, y_label, ticks)
     for i, s in enumerate(series):
-        _one_line(d, s, colour(i), xs, ys)
+        _one_line(d, s, _stroke(s, i), xs, ys)
     return d.svg(f"{y_label} by {x_label}")
 
 

@@ -221,7 +221,14 @@ def test_a_run_that_fails_is_remembered_and_the_others_go_on(monkeypatch):
 
 def full():
     run = Run(
-        figures={"downtime_ms": 2.0, "cpu_engine_s": 0.3, "cpu_s": 0.3, "peak_engine_mib": 3, "peak_mib": 3},
+        figures={
+            "downtime_ms": 2.0,
+            "stall_ms": 3.0,
+            "cpu_engine_s": 0.3,
+            "cpu_s": 0.3,
+            "peak_engine_mib": 3,
+            "peak_mib": 3,
+        },
         curve=curve.Curve(0.01, -0.4, [1.0, 0.5, 1.0], [("freeze", 0.0, 0.1)]),
         steps={"stop": 1.0, "<scan>": 1.0},
         rounds=[{"event": "round", "n": n, "pages": 100 >> n, "kind": "copy"} for n in range(3)],
@@ -234,7 +241,7 @@ def full():
     found.outcomes = [runner._outcome(s) for s in scenarios.catalogue()]
     for o in found.outcomes:
         o.missing = ""
-        o.runs = [run]
+        o.runs = [replace(run, figures={**run.figures, "stall_ms": float(len(o.name))})]
     found.outcomes.append(Outcome("x/y", "z", "hybrid", "x", missing="no <memory>"))
     return found
 
