@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from lazymig.cli_kit import ADDRESS, AS_JSON, PID, TCP_CLOSE, images_dir, parent, run, stdio
+from lazymig import report
+from lazymig.cli_kit import ADDRESS, AS_JSON, PID, TCP_CLOSE, images_dir, parent, run, stdio, wire
 from lazymig.migrate import options as opt
 
 
@@ -23,8 +26,7 @@ from lazymig.migrate import options as opt
     "--serve",
     callback=ADDRESS,
     metavar="ADDR[:PORT]",
-    help="Where whoever restores the images gets the other pages. Nothing is encrypted, and whoever can connect "
-    "can read the process's memory.",
+    help="Where whoever restores the images gets the other pages.",
 )
 @click.option("--leave-running", is_flag=True, help="Let the process go on instead of ending it.")
 @stdio("refuse to dump", "where it is restored")
@@ -36,6 +38,7 @@ from lazymig.migrate import options as opt
     help="Pack the pages. Only lazymig reads them then, and not with restore --lazy.",
 )
 @click.option("--checksums", is_flag=True, help="Add checksums, which `images verify` and b2sum -c check.")
+@wire
 @AS_JSON
 def dump(
     pid: int,
@@ -48,6 +51,7 @@ def dump(
     tcp_close: bool,
     compress: bool,
     checksums: bool,
+    wire: Callable[[], opt.Wire],
     as_json: bool,
 ) -> None:
     """Write the process PID to a directory, as images that CRIU restores too, and end it.
@@ -82,7 +86,12 @@ def dump(
         compress=compress,
         checksums=checksums,
     )
-    run(lambda shown: run_dump(options, shown.event), as_json)
+
+    def work(shown: report.Reporter) -> None:
+        reached = wire() if serve is not None else opt.Wire()
+        run_dump(replace(options, wire=reached), shown.event)
+
+    run(work, as_json)
 
 
 @click.command()
@@ -97,8 +106,15 @@ def dump(
     metavar="ADDR[:PORT]",
     help="With --lazy: who serves the pages that are not in the images (dump --serve, or CRIU's dump --lazy-pages).",
 )
+@wire
 @AS_JSON
-def restore(images_dir: Path, lazy: bool, source: tuple[str, int] | None, as_json: bool) -> None:
+def restore(
+    images_dir: Path,
+    lazy: bool,
+    source: tuple[str, int] | None,
+    wire: Callable[[], opt.Wire],
+    as_json: bool,
+) -> None:
     """Make the process of an image directory, with the pid that it had; the directory is only read.
 
     With --lazy the command goes on until all memory is there. When it is killed before, threads that need a page
@@ -110,5 +126,9 @@ def restore(images_dir: Path, lazy: bool, source: tuple[str, int] | None, as_jso
 
     if source is not None and not lazy:
         raise click.UsageError("--from needs --lazy")
-    options = RestoreOptions(images_dir, lazy=lazy, source=source)
-    run(lambda shown: run_restore(options, shown.event), as_json)
+
+    def work(shown: report.Reporter) -> None:
+        reached = wire() if source is not None else opt.Wire()
+        run_restore(RestoreOptions(images_dir, lazy=lazy, source=source, wire=reached), shown.event)
+
+    run(work, as_json)

@@ -75,7 +75,8 @@ def restore(host, program, directory, *options):
 def serving(host, program, directory, *options):
     """``dump --lazy --serve``, when it listens: a context manager."""
     address = f"{host.address}:{PORT}"
-    words = ("dump", str(program.pid), "-D", str(directory), "--lazy", "--serve", address, *options)
+    words = ("dump", str(program.pid), "-D", str(directory), "--lazy", "--serve", address)
+    words += (*(() if "--tls-ca" in options else ("--insecure",)), *options)
     running = Command(host, *words, "--json")
     running.until("listening", 30)
     return running

@@ -19,6 +19,21 @@ def credentials(directory):
     return Credentials(*(directory / n for n in ("ca.pem", "cert.pem", "key.pem", "crl.pem")))
 
 
+def shows(credentials):
+    """The options of a command that uses them."""
+    c = credentials
+    return (
+        "--tls-ca",
+        str(c.ca),
+        "--tls-cert",
+        str(c.cert),
+        "--tls-key",
+        str(c.key),
+        "--tls-crl",
+        str(c.crl),
+    )
+
+
 class Keys:
     """Two hosts, and others that must not be let in."""
 

@@ -144,7 +144,7 @@ def test_we_take_the_pages_of_a_lazy_criu_dump(criu, lazy_pipes, two_hosts, tmp_
     images.mkdir()
     args = ("dump", "-t", str(program.pid), "-D", images, "-o", "dump.log", "--lazy-pages")
     with criu.serve(source, *args, "--address", source.address, "--port", PORT, cwd=tmp_path) as running:
-        restore(destination, program, images, "--lazy", "--from", f"{source.address}:{PORT}")
+        restore(destination, program, images, "--insecure", "--lazy", "--from", f"{source.address}:{PORT}")
         assert running.wait(20) == 0
     works(program)
 

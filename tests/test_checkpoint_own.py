@@ -12,6 +12,7 @@ import time
 import pytest
 from checkpoint_kit import PORT, command, dump, ok, restore, serving, works
 from harness import PROGRAMS, Snapshot, Watched, appended, goes_on, judge, settled, untouched, wait_for
+from secure_kit import Keys, shows
 
 from lazymig.demo.moves import COMMAND, Command
 from lazymig.demo.writer import Writer
@@ -138,7 +139,9 @@ def test_pages_that_stay_at_the_source(two_hosts, tmp_path, images):
         assert (source.proc / str(program.pid) / "stat").read_text().rpartition(")")[2].split()[0] in "tT"
         plain = command(destination, "restore", "-D", images)
         assert (plain.status, plain.code) == (1, "lazy-images")
-        done = restore(destination, program, images, "--lazy", "--from", f"{source.address}:{PORT}")
+        done = restore(
+            destination, program, images, "--insecure", "--lazy", "--from", f"{source.address}:{PORT}"
+        )
         assert done.final["pages"]["lazy"] > 8000
         final = running.until("done", 20)
         assert final["pages"]["served"] >= done.final["pages"]["lazy"]
@@ -147,12 +150,16 @@ def test_pages_that_stay_at_the_source(two_hosts, tmp_path, images):
 
 
 def test_layers_and_pages_that_stay_at_the_source(two_hosts, tmp_path):
+    """Over TLS, too."""
     source, destination = two_hosts
+    keys = Keys(tmp_path / "keys", source.address, destination.address)
+    ours, theirs = shows(keys["source"]), shows(keys["destination"])
     program = Writer(source, tmp_path / "writer", "--mib", "64", "--pattern", "hot")
     ok(command(source, "predump", program.pid, "-D", tmp_path / "0"))
     ok(command(source, "predump", program.pid, "-D", tmp_path / "1", "--parent", "../0"))
-    with serving(source, program, tmp_path / "2", "--parent", "../1") as running:
-        done = restore(destination, program, tmp_path / "2", "--lazy", "--from", f"{source.address}:{PORT}")
+    with serving(source, program, tmp_path / "2", "--parent", "../1", *ours) as running:
+        served = ("--lazy", "--from", f"{source.address}:{PORT}")
+        done = restore(destination, program, tmp_path / "2", *served, *theirs)
         final = running.until("done", 20)
     # What the layers hold still was not fetched, nor read before the process ran.
     assert final["pages"]["lazy"] <= final["pages"]["served"] < 6000
@@ -183,7 +190,7 @@ def test_a_link_that_breaks_keeps_the_pages_and_another_takes_them(two_hosts, tm
     with serving(source, program, images) as running:
         address = f"{source.address}:{PORT}"
         with Command(
-            destination, "restore", "-D", str(images), "--lazy", "--from", address, "--json"
+            destination, "restore", "-D", str(images), "--insecure", "--lazy", "--from", address, "--json"
         ) as first:
             first.until("running", 20)
             first.program.kill()
@@ -194,7 +201,7 @@ def test_a_link_that_breaks_keeps_the_pages_and_another_takes_them(two_hosts, tm
         # Whoever gave up there starts anew.
         destination.kill(program.pid)
         settled(destination)
-        restore(destination, program, images, "--lazy", "--from", address)
+        restore(destination, program, images, "--insecure", "--lazy", "--from", address)
         running.until("done", 20)
     goes_on(program, 0.1)
 

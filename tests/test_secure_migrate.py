@@ -9,7 +9,7 @@ import socket
 import msgpack
 import pytest
 from harness import goes_on, judge, moved, refused, wait_for
-from secure_kit import Keys, doors
+from secure_kit import Keys, doors, shows
 from test_commands import daemon, free_port
 
 from lazymig.demo.hosts import two_hosts
@@ -26,20 +26,6 @@ def place(tmp_path_factory):
     with two_hosts() as (source, destination):
         keys = Keys(tmp_path_factory.mktemp("keys"), source.address, destination.address)
         yield source, destination, keys
-
-
-def shows(credentials):
-    c = credentials
-    return (
-        "--tls-ca",
-        str(c.ca),
-        "--tls-cert",
-        str(c.cert),
-        "--tls-key",
-        str(c.key),
-        "--tls-crl",
-        str(c.crl),
-    )
 
 
 def doors_of(host):

@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
 from lazymig.migrate.capture import Capture, capture, no_children
 from lazymig.migrate.layer import IDENTITY, ParentLayer, new_identity, parent_directory
-from lazymig.migrate.options import MigrateOptions, Mode, Stdio
+from lazymig.migrate.options import MigrateOptions, Mode, Stdio, Wire
 from lazymig.migrate.parts import classify, lazy_capable, split_eager
 from lazymig.migrate.since import Base, Since
 from lazymig.migrate.states import fault_point
@@ -44,6 +44,7 @@ from lazymig.process import preflight
 from lazymig.process.descriptors import DescriptorDumper, MappedObject, ObjectKey
 from lazymig.process.threads import eager_pages
 from lazymig.process.vmas import PRIVATE_ANON, Kind
+from lazymig.secure.doors import doors_of
 from page_server.layers import LayerStats, PagesWriter
 from page_server.wire import FORCE
 
@@ -66,6 +67,7 @@ class DumpOptions:
     stdio: Stdio = Stdio.REFUSE
     stdio_path: str = ""
     tcp_close: bool = False
+    wire: Wire = field(default_factory=Wire)  # how whoever is served gets there
     serve: tuple[str, int] | None = None  # pages that can be lazy stay in the source, which is served there
     compress: bool = False  # pages are packed with zstd: CRIU then refuses the images
     checksums: bool = False
@@ -93,6 +95,8 @@ class DumpTarget(Target):
 
 def run_dump(options: DumpOptions, on_event: Callable[[Event], None]) -> None:
     """Dumps a process; the last event is ``done``. Raises RefusedError, LazymigError: it runs on then."""
+    if options.serve is not None and (tls := options.wire.protection(options.serve[0])):
+        doors_of(tls)  # forks: nothing else may have begun
     ptrace.block_sigchld()
     on_event(trio.run(_dump, options, on_event))
 
@@ -120,7 +124,7 @@ async def _dump(options: DumpOptions, emit: Callable[[Event], None]) -> Event:
         event = dump.report(started)
         if options.serve is not None:
             emit(event | {"event": "dumped"})
-            server = SourceServer(target, dump.lazy, options.serve, emit)
+            server = SourceServer(target, dump.lazy, options.serve, emit, options.wire.tls)
             event["pages"]["served"] = await _serve(server, options.images_dir)
             event["total_ms"] = (time.monotonic() - started) * 1e3
         handed_over = not options.leave_running
@@ -255,9 +259,9 @@ class Dump:
         self.writer.write("pstree", row)
         self.writer.write("ids", _ids(_TASK_IDS), self.pid)
         now = timens_pb2.timens_entry()
-        for field, clock in ((now.monotonic, time.CLOCK_MONOTONIC), (now.boottime, time.CLOCK_BOOTTIME)):
+        for moment, clock in ((now.monotonic, time.CLOCK_MONOTONIC), (now.boottime, time.CLOCK_BOOTTIME)):
             ns = time.clock_gettime_ns(clock)
-            field.tv_sec, field.tv_nsec = ns // 10**9, ns % 10**9
+            moment.tv_sec, moment.tv_nsec = ns // 10**9, ns % 10**9
         self.writer.write("timens", now, 0)
 
     def _files(self, table: FileTable) -> None:

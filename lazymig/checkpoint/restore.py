@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,12 +28,13 @@ from lazymig.images.check import require_sound
 from lazymig.kernel import ptrace
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate.builder import Builder
-from lazymig.migrate.options import Mode
+from lazymig.migrate.options import Mode, Wire
 from lazymig.migrate.parts import SMALL_VMA, lazy_capable, split_eager
 from lazymig.migrate.states import fault_point
 from lazymig.process import state
 from lazymig.process.threads import eager_pages
 from lazymig.process.vmas import TASK_SIZE, LayoutDiff
+from lazymig.secure.doors import doors_of
 from lazymig.skeleton.preadv import place_files
 from lazymig.uffd.lazy import LazyMemory
 from page_server import criu_wire
@@ -51,10 +52,13 @@ class RestoreOptions:
     images_dir: Path
     lazy: bool = False
     source: tuple[str, int] | None = None  # who has the pages that are not in the images
+    wire: Wire = field(default_factory=Wire)  # how that one is reached
 
 
 def run_restore(options: RestoreOptions, on_event: Callable[[Event], None]) -> None:
     """Restores a process, which runs when this returns. Raises RefusedError, LazymigError: there is none then."""
+    if options.source is not None and (tls := options.wire.protection(options.source[0])):
+        doors_of(tls)  # forks: nothing else may have begun
     ptrace.block_sigchld()
     on_event(trio.run(_restore, options, on_event))
 
@@ -65,7 +69,7 @@ async def _restore(options: RestoreOptions, emit: Callable[[Event], None]) -> Ev
     loaded = load(options.images_dir)
     if options.source is None:
         required(loaded)
-    work = Restore(loaded, lazy=options.lazy, source=options.source)
+    work = Restore(loaded, lazy=options.lazy, source=options.source, wire=options.wire)
     with contextlib.ExitStack() as until_done:
         warnings = work.build(lambda: until_done.enter_context(_not_to_be_ended(emit)))
         running = time.monotonic()
@@ -108,7 +112,15 @@ def _not_to_be_ended(emit: Callable[[Event], None]) -> Iterator[None]:
 class Restore:
     """One process under construction, and then the filling of its lazy memory."""
 
-    def __init__(self, loaded: Loaded, *, lazy: bool, source: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        lazy: bool,
+        source: tuple[str, int] | None = None,
+        wire: Wire | None = None,
+    ) -> None:
+        self._wire = wire or Wire()
         self.loaded = loaded
         self.remote = loaded.memory.resolve(loaded.pages).lazy
         self.lazy = self._lazy() if lazy else RangeSet()
@@ -132,6 +144,9 @@ class Restore:
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             criu_wire.connect(sock, address, port)
+            if (tls := self._wire.protection(address)) is not None:
+                with sock:
+                    sock, _ = doors_of(tls).open(sock, server=False, name=address)
         except BaseException:
             sock.close()
             raise

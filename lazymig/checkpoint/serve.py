@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from lazymig.errors import CancelledMigrationError, LazymigError
 from lazymig.images.pagemap import Extent
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate.target import Target
+from lazymig.secure.doors import doors_of
+from lazymig.secure.tls import Credentials, TlsError
 from page_server import criu_wire
 from page_server.criu_server import Served, Session
 from page_server.threads import run_loop
@@ -31,9 +34,15 @@ class SourceServer:
     """Serves the pages of a stopped process."""
 
     def __init__(
-        self, target: Target, pages: RangeSet, address: tuple[str, int], emit: Callable[[Event], None]
+        self,
+        target: Target,
+        pages: RangeSet,
+        address: tuple[str, int],
+        emit: Callable[[Event], None],
+        tls: Credentials | None = None,
     ) -> None:
         """Listens at once. LazymigError ``cannot-listen``."""
+        self._tls = tls
         self.target = target
         self.emit = emit
         self.committed = False  # pages were asked for: the process may run elsewhere
@@ -92,7 +101,21 @@ class SourceServer:
                 stream, peer = await listener.accept()
                 with socket.socket(fileno=os.dup(stream.fileno())) as sock:
                     stream.close()
-                    await self._serve(sock, str(peer[0]))
+                    await self._admit(sock, str(peer[0]))
+
+    async def _admit(self, sock: socket.socket, peer: str) -> None:
+        if self._tls is None:
+            await self._serve(sock, peer)
+            return
+        criu_wire.tune(sock)
+        try:
+            opened = partial(doors_of(self._tls).open, sock, server=True)
+            plain, who = await trio.to_thread.run_sync(opened, abandon_on_cancel=True)
+        except TlsError as e:
+            self.emit({"event": "warning", "text": f"{peer} was refused: {e}"})
+            return
+        with plain:
+            await self._serve(plain, f"{peer} ({who})")
 
     async def _serve(self, sock: socket.socket, peer: str) -> None:
         """One connection."""
