@@ -201,8 +201,8 @@ _DAEMON_LINES: dict[str, Callable[[Event], str]] = {
     ),
     "ended": lambda e: f"pid {number(e, 'pid'):.0f} has ended",
     "lost": lambda e: (
-        f"pid {number(e, 'pid'):.0f} lacks pages that cannot be put in any more, as its keeper was "
-        "killed too: end it; the original is whole, stopped at the source"
+        f"pid {number(e, 'pid'):.0f} was stopped: it lacks pages that cannot be put in any more, as its "
+        "keeper was killed too; the original is whole, frozen at the source"
     ),
     "aborted": lambda e: f"given up, nothing is left here: {problem(_mapping(e, 'error'))}",
     "failed": lambda e: f"failed while it runs here: {problem(_mapping(e, 'error'))}",

@@ -81,12 +81,13 @@ def test_a_link_that_is_away_for_a_moment(pair):
 def parts(pair):
     """(daemon, spawner, workers, keepers): the pids on the destination."""
     daemon = pair.daemon.program.pid
-    found = {"daemon": {daemon}, "worker": set(), "keeper": set()}
+    found = {"daemon": {daemon}, "worker": set(), "keeper": set(), "guard": set()}
     for pid in pair.destination.pids():
         here = pair.destination.proc / str(pid)
         try:
-            if (here / "comm").read_text() == "lazymig-keeper\n":
-                found["keeper"].add(pid)
+            name = (here / "comm").read_text().strip().removeprefix("lazymig-")
+            if name in ("keeper", "guard"):
+                found[name].add(pid)
             elif pid in pair.known() and any(
                 "userfaultfd" in n for n in descriptors(pair.destination, pid).values()
             ):
@@ -208,17 +209,36 @@ def test_a_process_that_ends_while_nobody_serves_it(pair):
     settled(pair.source)
 
 
-def test_a_keeper_that_is_killed_too_is_told_of(pair):
-    """Then the pages cannot be put in any more: nobody claims otherwise, and the original stays."""
+def test_worker_and_keeper_killed_at_once(pair):
+    """The keeper's guard holds what it held, so the program waits; it takes its place, and makes another guard."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, *SLOWLY) as running:
+        half_way(pair, writer, running)
+        for _ in range(2):
+            family = parts(pair)
+            for pid in (*family["keeper"], *family["worker"]):
+                pair.destination.kill(pid)
+            running.until("resumed", 30)
+        (keeper,) = parts(pair)["keeper"]
+        pair.destination.kill(keeper)  # and the worker goes on alone, and finds the guard
+        finished(pair, writer, running)
+    wait_for("the end of all guards", lambda: not (parts(pair)["keeper"] | parts(pair)["guard"]))
+
+
+def test_all_that_hold_the_pages_killed_at_once_is_told_of(pair):
+    """Then nothing makes the program wait: the daemon stops it, nobody claims otherwise, and the original stays."""
     writer = lazy_writer(pair)
     with pair.start_move(writer.pid, *SLOWLY) as running:
         half_way(pair, writer, running)
         family = parts(pair)
-        for pid in (*family["keeper"], *family["worker"]):
-            pair.destination.kill(pid)
+        holders = (*family["guard"], *family["keeper"], *family["worker"])
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # or one would make itself another guard meanwhile
+            for pid in holders:
+                pair.destination.kill(pid, number)
         warning = running.until("warning", 30)
         while "pages-lost" not in warning["text"]:
             warning = running.until("warning", 30)
+        assert state_of(pair.destination, writer.pid) == "T"
         assert pair.source.alive(writer.pid)
 
 

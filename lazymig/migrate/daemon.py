@@ -183,7 +183,7 @@ class Daemon:
                 "what kept the process's missing pages waiting was killed: they cannot be put in any more",
                 code="pages-lost",
                 subject=f"pid {incoming.pid}",
-                hint="end the process there; the original is still whole, stopped",
+                hint="it was stopped there; the original is whole, frozen: lazymig abandon ID --wake --yes",
             )
         if incoming.state == "done":
             await channel.send({"t": "done", **incoming.report})
@@ -290,7 +290,12 @@ class Daemon:
 
     def _without_keeper(self, migration: str, incoming: Incoming, entry: Event) -> None:
         incoming.word = Word.RUNNING
-        if registry.lives(incoming.pid) and registry.start_time(incoming.pid) == entry.get("start"):
+        there = registry.lives(incoming.pid) and registry.start_time(incoming.pid) == entry.get("start")
+        if there and entry.get("total") == 0:  # it never lacked a page
+            incoming.state = "done"
+            registry.forget(self._directory, migration)
+        elif there:
+            os.kill(incoming.pid, signal.SIGSTOP)  # nothing makes it wait for its pages any more
             incoming.state = "lost"
             self._emit({"event": "lost", "id": migration, "peer": incoming.peer, "pid": incoming.pid})
         else:

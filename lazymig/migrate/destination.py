@@ -335,6 +335,7 @@ class DestinationMigration:
                 self.control,
                 self.receivers,
             )
+            self._phase.mend = builder.skeleton.keeper.mend
             self._phase.note(self.entry)
 
         running = {"t": "running", "at_ns": 0, "breakdown": self._steps}

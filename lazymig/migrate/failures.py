@@ -141,7 +141,9 @@ TABLE: Mapping[Who, Mapping[When, Outcome]] = {
         When.BEFORE: Outcome("the worker gives up and kills the husk; runs on at the source", (_S,)),
         When.SENDING: _GIVEN_UP,
         When.TAKEN: _GIVEN_UP,
-        When.RUNNING: Outcome("destination; the worker still serves", (_D,)),
+        When.RUNNING: Outcome(
+            "destination; the worker still serves, and the guard takes the keeper's place", (_D,)
+        ),
         When.COMPLETE: _DONE,
     },
     Who.HUSK: {

@@ -49,6 +49,7 @@ class LazyPhase:
         self._fault: socket.socket | None = None
         self.peer = control.peer if control is not None else ""
         self._entry: Entry | None = None
+        self.mend: Callable[[], object] = lambda: None  # looks after the keeper, now and then
 
     def note(self, entry: Entry) -> None:
         """Keeps ``entry`` up to date from now on."""
@@ -89,6 +90,7 @@ class LazyPhase:
         async def progress() -> LazymigError:
             while True:
                 await trio.sleep(_PROGRESS_S)
+                self._look_after()
                 await control.send({"t": "progress", "left": lazy.remaining})
                 if self._entry is not None:
                     self._entry.left(lazy.remaining)
@@ -119,6 +121,10 @@ class LazyPhase:
         error = lazy.error()
         if error is not None and not isinstance(error, (PeerLostError, ProtocolError)):
             raise error
+
+    def _look_after(self) -> None:
+        with contextlib.suppress(LazymigError):  # it is tried again
+            self.mend()
 
     async def _pause(self, lost: LazymigError, lazy: LazyMemory) -> None:
         await self._hang_up()
@@ -157,6 +163,7 @@ class LazyPhase:
         async def look() -> None:
             while True:
                 await trio.sleep(_LOOK_EVERY_S)
+                self._look_after()
                 lazy.look()
 
         async with trio.open_nursery() as nursery:

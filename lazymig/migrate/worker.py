@@ -150,6 +150,7 @@ async def _take_over(data: socket.socket, meta: Mapping[str, Any]) -> None:
         lazy.start()
         machine = Machine("destination", DESTINATION_AGAIN, DESTINATION_STEPS)
         phase = LazyPhase(meta["pid"], lazy, machine, links.connections, links.tell, None, [])
+        phase.mend = keeper.mend
         total = entry.fields.get("total")
         phase.note(entry)
         if total:

@@ -6,6 +6,7 @@ import array
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -89,6 +90,7 @@ class Keeper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_TIMEOUT_S)
         self._sock = ours
+        self._path = None if listening is None else listening.path
         with theirs:
             fds = [theirs.fileno(), region_fd, courier_fd]
             fds += [] if listening is None else [listening.sock.fileno()]
@@ -102,7 +104,7 @@ class Keeper:
         if sock is None:
             return None
         keeper, kept = cls.__new__(cls), Kept()
-        keeper._sock, keeper.process = sock, None
+        keeper._sock, keeper.process, keeper._path = sock, None, path
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(sock, _KEEP.size, 1)
@@ -151,8 +153,30 @@ class Keeper:
         self._sock.send(_REQUEST.pack(_COMMIT, 0, 0, 0))
 
     def release(self) -> None:
-        """The keeper closes what it holds: every page has arrived."""
-        self._ask(_RELEASE)
+        """The keeper, or its guard in its place, closes what it holds: every page has arrived."""
+        try:
+            self._ask(_RELEASE)
+        except LazymigError:
+            if not self.mend():
+                raise
+            self._ask(_RELEASE)
+
+    def mend(self) -> bool:
+        """If the keeper was killed: connects to its guard instead, which holds the same; whether that is there."""
+        ended = select.poll()
+        ended.register(self._sock, select.POLLRDHUP)
+        if not ended.poll(0):
+            return True
+        found = None if self._path is None else Keeper.find(self._path)
+        if found is None:
+            return False
+        guard, kept = found
+        for fd in (kept.uffd, kept.memory, *kept.children):
+            if fd >= 0:
+                os.close(fd)
+        os.dup2(guard.fileno(), self.fileno(), inheritable=False)  # C code knows the number
+        guard.close()
+        return True
 
     def kill(self) -> None:
         """Ends the husk with SIGKILL and the keeper with it."""

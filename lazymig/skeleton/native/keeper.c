@@ -8,11 +8,16 @@
  * `struct answer`. When it closes before COMMIT, the husk is killed: nothing of it stays on this host. When it closes
  * afterwards and before RELEASE, the next worker may connect to LISTEN: it is given all that is held, and goes on
  * from there as the one before.
+ *
+ * A keeper with LISTEN has a guard: a second process that holds the same and does nothing, so that whoever kills worker
+ * and keeper together does not make the process read zeroes. The guard takes the keeper's place when that is killed,
+ * but for being the parent; each makes itself another guard as soon as the one it had is gone.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/sched.h>
+#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -20,6 +25,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -56,7 +62,8 @@ struct held {
 	int fd;
 };
 
-static int control, region, courier, listener = -1;
+static int control, region, courier, listener = -1, guard = -1;
+static int committed, connected = 1, promoted; /* promoted: it was a guard, and is no parent */
 static const char *path;
 static struct held *held;
 static size_t nheld, room;
@@ -138,7 +145,7 @@ static void stop_listening(void)
 	listener = -1;
 }
 
-static void release(void)
+static void drop_all(void)
 {
 	while (nheld)
 		close(held[--nheld].fd);
@@ -184,7 +191,15 @@ static int pass_on(int to, const struct keep *k, int fd)
 		c->cmsg_len = CMSG_LEN(sizeof(int));
 		memcpy(CMSG_DATA(c), &fd, sizeof fd);
 	}
-	return sendmsg(to, &m, MSG_NOSIGNAL) == sizeof *k ? 0 : -1;
+	return sendmsg(to, &m, MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof *k ? 0 : -1;
+}
+
+static void tell_guard(uint32_t what, uint32_t role, int fd)
+{
+	struct keep k = {what, role, 0, 0};
+
+	if (guard >= 0)
+		pass_on(guard, &k, fd); /* one that cannot take it now lacks it; so do many that are needed at once */
 }
 
 /* Gives a new worker all that is held; -1 when it went away. */
@@ -220,43 +235,102 @@ static void settle_in(void)
 	}
 }
 
-int main(int argc, char **argv)
+/* Whether any process is left whose pages may be missing. Nothing is registered down there: ENOMEM tells of the end. */
+static int needed(void)
 {
-	pid_t child = 0;
-	int committed = 0, status, connected = 1, last = 0;
-	sigset_t all, chld;
+	struct uffdio_range r = {4096, 4096};
+	size_t i;
 
-	if (argc != 4 && argc != 6)
-		return 2;
-	control = atoi(argv[1]);
-	region = atoi(argv[2]);
-	courier = atoi(argv[3]);
-	if (argc == 6) {
-		listener = atoi(argv[4]);
-		path = argv[5];
-		fcntl(listener, F_SETFD, FD_CLOEXEC);
-	}
-	prctl(PR_SET_NAME, "lazymig-keeper");
-	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	for (i = 0; i < nheld; i++)
+		if (held[i].role != MEMORY && (ioctl(held[i].fd, UFFDIO_UNREGISTER, &r) == 0 || errno != ENOMEM))
+			return 1;
+	return 0;
+}
+
+static int serve(pid_t child);
+
+/* Waits for the end of the keeper at the other end of `from`, and goes on in its place. */
+static int stand_by(int from)
+{
+	struct request q;
+	int fd;
+
+	prctl(PR_SET_NAME, "lazymig-guard");
 	setsid();
-	/* The husk inherits the mask: no signal may act on it before it has its own. */
-	sigfillset(&all);
-	sigprocmask(SIG_SETMASK, &all, NULL);
+	control = from;
+	while (receive(&q, &fd)) {
+		if (q.what == HOLD && fd >= 0)
+			hold((uint32_t)q.pid, fd);
+		else if (q.what == RELEASE)
+			return 0;
+		else if (q.what == COMMIT) {
+			committed = 1;
+			settle_in();
+		}
+	}
+	close(control);
+	if (!committed)
+		return 0; /* nothing runs, and nothing will */
+	prctl(PR_SET_NAME, "lazymig-keeper");
+	promoted = 1;
+	connected = 0;
+	return serve(0);
+}
+
+/* Starts a guard, which is nobody's child here: the last child's end is the keeper's. */
+static void start_guard(void)
+{
+	int s[2];
+	pid_t pid;
+
+	if (guard >= 0)
+		close(guard);
+	guard = -1;
+	if (listener < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, s))
+		return;
+	prctl(PR_SET_CHILD_SUBREAPER, 0);
+	pid = fork();
+	if (pid == 0) {
+		if (fork())
+			_exit(0);
+		close(s[0]);
+		if (connected)
+			close(control);
+		if (!committed) {
+			close(region);
+			close(courier);
+		}
+		_exit(stand_by(s[1]));
+	}
+	close(s[1]);
+	guard = s[0];
+	if (pid > 0)
+		waitpid(pid, NULL, 0);
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+}
+
+static int serve(pid_t child)
+{
+	int status, last = 0;
+	sigset_t chld;
+
 	sigemptyset(&chld);
 	sigaddset(&chld, SIGCHLD);
 	int children = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK);
 
+	start_guard();
 	for (;;) {
-		struct pollfd p[3] = {{children, POLLIN, 0},
+		struct pollfd p[4] = {{children, POLLIN, 0},
 				      {connected ? control : -1, POLLIN, 0},
-				      {committed ? listener : -1, POLLIN, 0}};
+				      {committed ? listener : -1, POLLIN, 0},
+				      {guard, POLLIN, 0}};
 		struct signalfd_siginfo si;
 		struct request q = {0};
 		size_t got;
 		pid_t pid;
 		int fd;
 
-		if (poll(p, 3, -1) < 0 && errno != EINTR)
+		if (poll(p, 4, promoted ? 1000 : -1) < 0 && errno != EINTR)
 			return 1;
 		while (read(children, &si, sizeof si) > 0)
 			;
@@ -269,10 +343,13 @@ int main(int argc, char **argv)
 				answer(EXITED, status);
 		}
 		/* Children of the moved process that outlive it are reaped too; the last one ends the keeper. */
-		if (pid < 0 && errno == ECHILD && (committed || !connected)) {
+		if (promoted ? !needed() : pid < 0 && errno == ECHILD && (committed || !connected)) {
+			tell_guard(RELEASE, 0, -1);
 			stop_listening();
 			return WIFEXITED(last) ? WEXITSTATUS(last) : 128 + WTERMSIG(last);
 		}
+		if (p[3].revents)
+			start_guard();
 		if (p[2].revents) {
 			int next = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 
@@ -298,8 +375,10 @@ int main(int argc, char **argv)
 			}
 			continue;
 		}
-		if (q.what == HOLD && fd >= 0)
+		if (q.what == HOLD && fd >= 0) {
 			hold((uint32_t)q.pid, fd);
+			tell_guard(HOLD, (uint32_t)q.pid, fd);
+		}
 		if (got != sizeof q)
 			continue;
 		int32_t value = 0;
@@ -311,12 +390,17 @@ int main(int argc, char **argv)
 			break;
 		case COMMIT:
 			committed = 1;
+			tell_guard(COMMIT, 0, -1);
 			close(region);
 			close(courier);
 			settle_in();
 			break;
 		case RELEASE:
-			release();
+			tell_guard(RELEASE, 0, -1);
+			drop_all();
+			if (guard >= 0)
+				close(guard);
+			guard = -1;
 			break;
 		case KILL:
 			if (child)
@@ -325,4 +409,27 @@ int main(int argc, char **argv)
 		}
 		answer(q.what, value);
 	}
+}
+
+int main(int argc, char **argv)
+{
+	sigset_t all;
+
+	if (argc != 4 && argc != 6)
+		return 2;
+	control = atoi(argv[1]);
+	region = atoi(argv[2]);
+	courier = atoi(argv[3]);
+	if (argc == 6) {
+		listener = atoi(argv[4]);
+		path = argv[5];
+		fcntl(listener, F_SETFD, FD_CLOEXEC);
+	}
+	prctl(PR_SET_NAME, "lazymig-keeper");
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	setsid();
+	/* The husk inherits the mask: no signal may act on it before it has its own. */
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, NULL);
+	return serve(0);
 }
