@@ -68,8 +68,8 @@ class Recording:
     def altered(self, alter: Callable[[dict[str, Sent]], object]) -> list[Sent]:
         """What the source said after its hellos, one frame of each kind, changed by ``alter``.
 
-        Only what a skeleton needs: the first layout, one round without pages, a drop, descriptors, state, prepare. Whatever the
-        process changed meanwhile is in the last frame.
+        Only what a skeleton needs: the first layout, one round without pages, a drop, descriptors, state, prepare.
+        Whatever the process changed meanwhile is in the last frame.
         """
         first: dict[str, Sent] = {}
         for s in self.source:
