@@ -177,7 +177,7 @@ def _changes(page: Page, found: Results, old: Results) -> None:
     noticed = [c for c in every if c.verdict != "same"]
     page.section("What changed")
     page.paragraph(
-        f"Against {old.facts.get('commit', 'an older result')} on {old.facts.get('machine', 'an unnamed machine')}: "
+        f"Against {old.facts.get('commit') or 'an older result'}, {old.facts.get('machine', 'an unnamed machine')}: "
         f"{len(noticed)} of {len(every)} figures differ by more than 5 % and by more than their runs do."
     )
     if old.facts.get("machine") != found.facts.get("machine"):

@@ -46,6 +46,8 @@ def add_histograms(many: Sequence[Sequence[int]]) -> list[int]:
     return [sum(h[i] for h in many if i < len(h)) for i in range(size)]
 
 
+# How far other runs may be from a single one, of which nothing else is known.
+UNKNOWN = 0.2
 # A change that is larger than this, and than what the runs differ among themselves, is called one.
 NOTICEABLE = 0.05
 # Figures of which more is better; of all others less is.
@@ -71,10 +73,16 @@ class Change:
     @property
     def verdict(self) -> str:
         """``better``, ``worse``, or ``same`` when it is small or the ranges of the runs overlap."""
-        apart = self.new.low > self.old.high or self.new.high < self.old.low
+        (old_low, old_high), (new_low, new_high) = _range(self.old), _range(self.new)
+        apart = new_low > old_high or new_high < old_low
         if not apart or abs(self.ratio - 1) <= NOTICEABLE:
             return "same"
         return "better" if (self.ratio > 1) == (self.figure in MORE_IS_BETTER) else "worse"
+
+
+def _range(s: Summary) -> tuple[float, float]:
+    """Where runs lie, as far as it is known."""
+    return (s.low, s.high) if s.runs > 1 else (s.median * (1 - UNKNOWN), s.median * (1 + UNKNOWN))
 
 
 def compare(

@@ -34,6 +34,13 @@ def value(s: stats.Summary | None) -> str:
     return short(s.median) if s.runs == 1 else f"{short(s.median)} ({short(s.low)}-{short(s.high)})"
 
 
+def brief(s: stats.Summary | None) -> str:
+    """A median, and half of the range of the runs."""
+    if s is None:
+        return "-"
+    return short(s.median) + (f" ±{50 * s.spread:.0f}%" if s.runs > 1 else "")
+
+
 def floor_ratio(o: Outcome, figure: str) -> float:
     """How many times its floor a figure is (for rates: the floor by the figure); 0 when it has none."""
     summaries, floors = o.summaries(), o.floors()
@@ -48,7 +55,7 @@ def summary(found: Results) -> Table:
     table = Table(title=found.facts.get("machine", ""), title_justify="left")
     table.add_column("", no_wrap=True)
     for figure in SHOWN:
-        table.add_column(FIGURES[figure], justify="right", no_wrap=False)
+        table.add_column(FIGURES[figure], justify="right")
     table.add_column("downtime / floor", justify="right")
     for o in found.outcomes:
         if not o.runs:
@@ -56,7 +63,7 @@ def summary(found: Results) -> Table:
             continue
         summaries = o.summaries()
         ratio = floor_ratio(o, "downtime_ms")
-        table.add_row(o.name, *(value(summaries.get(f)) for f in SHOWN), short(ratio) if ratio else "-")
+        table.add_row(o.name, *(brief(summaries.get(f)) for f in SHOWN), short(ratio) if ratio else "-")
     return table
 
 

@@ -101,6 +101,8 @@ def test_nothing_counted_has_no_quantile():
         ("downtime_ms", (5.0, 5.0), (5.1, 5.1), "same"),  # too little
         ("rate_mbps", (500.0, 510.0), (900.0, 910.0), "better"),
         ("stall_ms", (0.0, 0.0), (1.0, 1.0), "worse"),
+        ("stall_ms", (1.0,), (1.3, 1.4), "worse"),
+        ("stall_ms", (1.0,), (1.3,), "same"),  # nobody knows how far single runs would differ
     ],
 )
 def test_a_change_counts_when_it_is_more_than_the_runs_differ(figure, old, new, verdict):
