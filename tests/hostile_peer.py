@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import os
 import socket
 import struct
 import sys
@@ -15,12 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgpack
 from harness import moved
 
-from lazymig.demo.hosts import PIPE, Host, two_hosts
+from lazymig.demo.hosts import Host, two_hosts
 from lazymig.demo.moves import PORT, Daemon, Migration
 from lazymig.demo.writer import Writer
 from lazymig.migrate.channel import VERSION, encode
@@ -277,4 +276,94 @@ class HostileSource:
         self.close()
 
 
-__all__ = ["PIPE", "HostileSource", "Recording", "Sent", "Wire", "connect", "enter", "listen", "os", "record"]
+class HostileDestination:
+    """A destination on the source's own loopback whose answers a test chooses; what is said to it is kept.
+
+    ``answers``: frames to answer a frame with, by its name, instead of what an honest one would.
+    """
+
+    HONEST: ClassVar[dict[str, dict[str, Any]]] = {
+        "ping": {"t": "pong"},
+        "offer": {"t": "accept", "notes": []},
+        "round": {"t": "round-done"},
+        "drop": {"t": "dropped"},
+        "prepare": {"t": "ready", "warnings": []},
+        "commit": {"t": "running", "at_ns": 0, "breakdown": {}},
+    }
+
+    def __init__(self, host: Host, **answers: dict[str, Any]) -> None:
+        self._listener = listen(host)
+        self.to = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.answers = {**self.HONEST, **answers}
+        self.heard: list[dict[str, Any]] = []
+        self.fault = threading.Event()
+        self.fault_socket: socket.socket
+        self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
+        self._start(self._accept)
+
+    def _start(self, work: Callable[..., None], *args: object) -> None:
+        t = threading.Thread(target=work, args=args, daemon=True)
+        t.start()
+        self._threads.append(t)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self._sockets.append(sock)
+                self._start(self._connected, Wire(sock))
+
+    def _connected(self, wire: Wire) -> None:
+        with contextlib.suppress(OSError):
+            hello = wire.receive()
+            if hello is None:
+                return
+            if hello["role"] == "control":
+                wire.send(
+                    {
+                        "t": "welcome",
+                        "version": VERSION,
+                        "id": "1" * 16,
+                        "secret": "2" * 32,
+                        "capabilities": [],
+                    }
+                )
+                while (frame := wire.receive()) is not None:
+                    self.heard.append(frame)
+                    if (answer := self.answers.get(frame["t"])) is not None:
+                        wire.send(answer)
+            elif hello["role"] == "fault":
+                wire.send({"t": "ok"})
+                self.fault_socket = wire.sock
+                self.fault.set()
+            elif hello["role"] == "bulk":
+                wire.send({"t": "ok"})
+                while wire.sock.recv(1 << 16):
+                    pass
+            else:
+                wire.send(
+                    {"t": "error", "code": "unknown-migration", "message": "", "subject": "", "hint": ""}
+                )
+
+    def told(self, name: str) -> dict[str, Any] | None:
+        """The first frame of this name that came."""
+        return next((f for f in self.heard if f["t"] == name), None)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for s in self._sockets:
+            with contextlib.suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
+        for t in self._threads:
+            t.join(10)
+        for s in self._sockets:
+            s.close()
+
+    def __enter__(self) -> HostileDestination:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
