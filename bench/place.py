@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from bench.programs import program
 from bench.scenarios import Link
 from lazymig.demo.hosts import PIPE, Host, two_hosts
+from lazymig.demo.moves import COMMAND
 
 RELAY_OFFSET = 100  # a port's relay listens at the port that is so much higher
 
@@ -40,6 +42,15 @@ class Place:
         assert relay.stdout is not None
         relay.stdout.readline()
         return listen
+
+    def secured(self) -> tuple[Sequence[str], Mapping[str, str]]:
+        """Makes a certificate that both hosts use: the options and the environment of commands that do."""
+        directory = self.tmp / "keys"
+        addresses = [word for h in (self.source, self.destination) for word in ("--ip", h.address)]
+        for words in (["init"], ["issue", "bench", *addresses, "--install"]):
+            command = [*COMMAND, "keys", words[0], "--dir", str(directory), *words[1:]]
+            subprocess.run(command, check=True, capture_output=True, cwd="/", timeout=60)
+        return (), {"LAZYMIG_TLS_DIR": str(directory)}
 
     def wire_bytes(self) -> int:
         """What has crossed the veth pair so far, in both directions, headers and all."""

@@ -45,6 +45,7 @@ class Scenario:
     vmas: int = 0  # beside the 25 that it has anyway
     link: Link = VETH
     options: tuple[str, ...] = ()  # further ones, of lazymig migrate
+    tls: bool = False  # between the hosts; else plaintext
     base: str = ""  # the scenario that differs from this one in one switch only
     switch: str = ""  # which
     limits: Mapping[str, float] = field(default_factory=dict)  # figure: at most; a median above it fails
@@ -75,6 +76,7 @@ class Scenario:
         words += [f"{self.threads} threads"] if self.threads > 1 else []
         words += [f"{self.vmas} VMAs more"] if self.vmas else []
         words += [f"link {self.link.name}"] if self.link != VETH else []
+        words += ["TLS"] if self.tls else []
         words += [" ".join(self.options)] if self.options else []
         return ", ".join([*words, self.way])
 
@@ -178,6 +180,8 @@ def _switches() -> Iterator[Scenario]:
             base="rate/0",
             switch=f"--streams {streams}",
         )
+    yield Scenario("switch/tls/bulk", mib=2048, pages=0, tls=True, base="rate/0", switch="TLS")
+    yield Scenario("switch/tls/512", mib=512, tls=True, base="size/512/hybrid", switch="TLS")
     yield Scenario(
         "switch/max-downtime/100ms",
         mib=512,

@@ -15,7 +15,7 @@ from bench.place import BenchError, Place, place
 from bench.results import Run
 from bench.scenarios import CRIU, Scenario
 from bench.stats import quantile
-from lazymig.demo.moves import PORT, Daemon, Move, migrate
+from lazymig.demo.moves import INSECURE, PORT, Daemon, Move, migrate
 from lazymig.demo.writer import Gaps, Writer, warm_memory
 
 SETTLE_S, QUIET_S, AFTER_S = 0.3, 1.2, 0.6
@@ -71,14 +71,16 @@ def _judge(writer: Writer, s: Scenario) -> None:
 
 
 def _by_lazymig(p: Place, s: Scenario, writer: Writer, make_room: Callable[[], None]) -> Moved:
-    with Daemon(p.destination, p.destination.address):
+    protection, env = p.secured() if s.tls else (INSECURE, {})
+    with Daemon(p.destination, p.destination.address, wire=protection, env=env):
         host, port = p.through(p.source, p.destination, PORT)
         before = p.wire_bytes()
         make_room()
         began = time.time_ns()
         with Parts(p.source, p.destination, writer.pid, lazymig_part) as parts:
             words = ("--mode", s.mode, *s.options)
-            move = migrate(p.source, writer.pid, f"{host}:{port}", *words, timeout=200)
+            to = f"{host}:{port}"
+            move = migrate(p.source, writer.pid, to, *words, timeout=200, wire=protection, env=env)
         ended = time.time_ns()
         if move.status != 0:
             raise BenchError(f"the move failed: {move.final} {move.errors}")

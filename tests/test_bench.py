@@ -139,15 +139,8 @@ def test_scenarios_have_names_of_their_own_and_bases_that_exist():
     for s in every:
         if s.base:
             base = next(b for b in every if b.name == s.base)
-            same = {
-                "name": "",
-                "base": "",
-                "switch": "",
-                "options": (),
-                "mode": "",
-                "limits": {},
-                "floors": {},
-            }
+            fields = ("name", "base", "switch", "options", "mode", "tls", "limits", "floors", "quick")
+            same = dict.fromkeys(fields)
             assert replace(s, **same) == replace(base, **same), "only the switch differs"
 
 
