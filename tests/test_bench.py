@@ -27,6 +27,7 @@ from bench import (
     stats,
     tables,
     touchers,
+    writers,
 )
 from bench.__main__ import main
 from bench.place import BenchError, place
@@ -34,6 +35,7 @@ from bench.programs import program
 from bench.results import Outcome, Results, Run
 from bench.scenarios import Link, Scenario
 from lazymig.demo.hosts import DEVNULL, PIPE, Host
+from lazymig.demo.writer import Writer
 
 
 def outcome(name="size/64/hybrid", downtimes=(1.0, 2.0, 9.0), **more):
@@ -312,6 +314,15 @@ def test_a_tiny_benchmark_from_end_to_end(monkeypatch, tmp_path, capsys):
         assert f">{title}</h2>" in one
 
 
+def test_one_wrong_byte_of_the_writer_is_a_failure(tmp_path):
+    with Host("one") as host:
+        writer = Writer(host, tmp_path / "writer", "--mib", "4", "--pages-per-tick", "0")
+        writers._judge(writer, Scenario("x", mib=4))
+        poke(host.outer_pid(writer.pid), 4 << 20)
+        with pytest.raises(BenchError, match="1 wrong pages: work: page"):
+            writers._judge(writer, Scenario("x", mib=4))
+
+
 def test_the_toucher_tells_its_times_and_finds_what_is_wrong(tmp_path):
     out, go = tmp_path / "out", tmp_path / "go"
     with subprocess.Popen([program("toucher"), "4", out, go]) as running:
@@ -334,12 +345,12 @@ def test_the_toucher_tells_its_times_and_finds_what_is_wrong(tmp_path):
 
 
 def poke(pid, size):
-    """Makes one word wrong in the only mapping of this size or of a bit more."""
+    """Makes a word wrong in the middle of the mapping that holds memory of this size and little more."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         begin, end = (int(n, 16) for n in line.split()[0].split("-"))
-        if size <= end - begin < size + (1 << 20) and "rw-p" in line:
+        if size <= end - begin < 2 * size and "rw-p" in line:
             with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
-                memory.seek(end - size + 8 * 512 * 77)
+                memory.seek((begin + end) // 2)
                 memory.write(b"wrong")
             return
     raise AssertionError("no such mapping")
