@@ -142,11 +142,11 @@ def _table(page: Page, outcomes: Sequence[Outcome], figures: Sequence[str]) -> N
 def _by_rate(page: Page, found: Results) -> None:
     """Downtime and stall by the pages that the writer writes, all else being the same."""
     alike = {"kind": "writer", "tool": "lazymig", "mib": 512, "threads": 1, "vmas": 0, "link": "veth"}
-    alike |= {"pattern": "random", "options": []}
+    alike |= {"pattern": "random", "options": [], "tls": False}
     some = [
         o
         for o in found.outcomes
-        if o.runs and all(_plain(o.parameters.get(k)) == v for k, v in alike.items())
+        if o.runs and all(_plain(o.parameters.get(k, False)) == v for k, v in alike.items())
     ]
     series = []
     for i, way in enumerate(dict.fromkeys(o.way for o in some)):

@@ -25,7 +25,7 @@ CSS = """
 .chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .chart .whisker { stroke-width: 1.5; opacity: .6; }
 .chart .band { opacity: .2; }
-.chart .inside { fill: #fff; font-size: 11px; }
+.chart .inside { fill: var(--paper); font-size: 11px; }
 """
 _LIGHT = ["#0b63b5", "#c2410c", "#15803d", "#8b2fc9", "#b7791f", "#be185d", "#0e7490", "#6b7280"]
 _LIGHT += ["#4338ca", "#7c2d12", "#65a30d", "#a16207"]
