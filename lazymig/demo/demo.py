@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,8 @@ from lazymig.demo.moves import Daemon, Event, Migration, Move
 from lazymig.demo.writer import Gaps, Report, Writer, warm_memory
 from lazymig.errors import LazymigError
 from lazymig.kernel.ranges import PAGE
+from lazymig.secure.authority import Authority
+from lazymig.secure.tls import CA, CERT, CRL, KEY
 
 WARM_UP_S = 1.5
 WORK_ON_S = 1.0
@@ -106,14 +108,25 @@ def _number(event: Mapping[str, object], name: str) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
+def _keys(directory: Path, hosts: Sequence[Host]) -> dict[str, Sequence[str]]:
+    """For each host the options that name its certificate, of an authority made for this demonstration."""
+    authority = Authority.create(directory / "tls")
+    found: dict[str, Sequence[str]] = {}
+    for host in hosts:
+        place = authority.issue(host.name, [host.address]).directory
+        files = {"ca": CA, "cert": CERT, "key": KEY, "crl": CRL}
+        found[host.name] = [w for o, name in files.items() for w in (f"--tls-{o}", str(place / name))]
+    return found
+
+
 def _move(
-    show: _Show, writer: Writer, to: Host, daemon: Daemon, mode: str
+    show: _Show, writer: Writer, to: Host, daemon: Daemon, mode: str, wire: Sequence[str]
 ) -> tuple[Move, Report, Report, Gaps]:
     """One move: the command's end, the writer's judgement before and after, and what its clock saw."""
     before = writer.report()
     writer.mark()
     time.sleep(0.3)  # enough normal ticks to know how long one takes
-    with Migration(writer.host, writer.pid, daemon.to, "--mode", mode) as running:
+    with Migration(writer.host, writer.pid, daemon.to, "--mode", mode, wire=wire) as running:
         for event in running.follow(300):
             show.event(event)
         move = running.finish()
@@ -136,9 +149,11 @@ def _demo(options: DemoOptions, show: _Show, directory: Path) -> DemoResult:
         show.phase(
             "hosts", f"source {source.address}, destination {destination.address}, joined by a veth pair"
         )
-        daemons = [(destination, stack.enter_context(_daemon(destination)))]
+        keys = _keys(directory, (source, destination))
+        daemons = [(destination, stack.enter_context(_daemon(destination, keys)))]
         if options.back_and_forth:
-            daemons.append((source, stack.enter_context(_daemon(source))))
+            daemons.append((source, stack.enter_context(_daemon(source, keys))))
+        show.phase("keys", "an authority and a certificate for each host: every connection is TLS 1.3")
         words = ["--mib", str(options.mib), "--pages-per-tick", str(options.pages_per_tick)]
         writer = Writer(source, directory / "writer", *words, "--threads", str(options.threads))
         show.phase(
@@ -152,7 +167,7 @@ def _demo(options: DemoOptions, show: _Show, directory: Path) -> DemoResult:
         intact, bad = True, 0
         for n in range(1 + options.back_and_forth):
             to, daemon = daemons[n % len(daemons)]
-            move, before, after, gaps = _move(show, writer, to, daemon, options.mode)
+            move, before, after, gaps = _move(show, writer, to, daemon, options.mode, keys[writer.host.name])
             went_on = after.ticks > before.ticks and all(
                 b > a for a, b in zip(before.threads, after.threads, strict=True)
             )
@@ -186,8 +201,8 @@ def _demo(options: DemoOptions, show: _Show, directory: Path) -> DemoResult:
     return result
 
 
-def _daemon(host: Host) -> Daemon:
-    return Daemon(host, host.address)
+def _daemon(host: Host, keys: Mapping[str, Sequence[str]]) -> Daemon:
+    return Daemon(host, host.address, wire=keys[host.name])
 
 
 def _keep(show: _Show, writer: Writer, source: Host, destination: Host) -> None:
