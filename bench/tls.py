@@ -39,7 +39,7 @@ def connected(doors: tuple[Doors, Doors] | None) -> Pair:
     with a, b:
         t = threading.Thread(target=lambda: found.append(doors[1].open(b, server=True)[0]))
         t.start()
-        client, _ = doors[0].open(a, server=False, name=HERE)
+        client, _, _ = doors[0].open(a, server=False, name=HERE)
         t.join()
     return client, found[0]
 

@@ -15,9 +15,13 @@ from test_commands import daemon, free_port
 from lazymig.demo.hosts import two_hosts
 from lazymig.demo.moves import Daemon, Migration, migrate
 from lazymig.demo.writer import Writer
+from lazymig.migrate.capture import Capture
 from lazymig.migrate.channel import VERSION, encode
 from lazymig.migrate.daemon import run_daemon
+from lazymig.migrate.judge import Judge
 from lazymig.migrate.options import DaemonOptions, OptionError
+from lazymig.pb import core_pb2, creds_pb2, state_pb2
+from lazymig.secure.policy import PolicyError
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ def test_plaintext_does_not_leave_the_host(place, sleeper):
 def dialled(address, client, hello):
     """The frame that answers a hello over TLS as ``client``, while the connection is open."""
     with socket.create_connection(address, 10) as tcp:
-        plain, _ = client.open(tcp, server=False, name=address[0])
+        plain, _, _ = client.open(tcp, server=False, name=address[0])
     with plain:
         plain.settimeout(10)
         plain.sendall(encode({"t": "hello", "version": VERSION, **hello}))
@@ -178,24 +182,16 @@ def test_a_policy_refuses_by_name_and_is_read_again(place, sleeper, tmp_path):
         assert "policy-certificates" in rejections(daemon)
 
 
-def test_a_lie_in_the_offer_is_found_in_the_state():
-    """What is judged at the freeze, for states as they come."""
-    from lazymig.migrate.capture import Capture
-    from lazymig.migrate.judge import Judge
-    from lazymig.pb import core_pb2, creds_pb2, state_pb2
-    from lazymig.secure.policy import PolicyError
+def test_a_lie_in_the_offer_is_found_at_the_freeze():
+    """What is judged then, for messages as they come."""
 
-    def capture(exe=b"/bin/x", **changed):
+    def capture(**changed):
         ids = dict.fromkeys(("uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"), 1000)
         creds = creds_pb2.creds_entry(**{**ids, "secbits": 0, **changed})
-        process = state_pb2.ProcessState()
-        process.mm.exe = exe
         thread = state_pb2.ThreadState(tid=1, core=core_pb2.thread_core_entry(creds=creds))
-        return Capture(
-            [], 0, process.SerializePartialToString(), [thread.SerializePartialToString()], b"", []
-        )
+        return Capture([], 0, b"", [thread.SerializePartialToString()], [])
 
-    text = '[processes]\nuids = [1000]\ngids = [1000]\nexecutables = ["/bin/x"]\n'
+    text = '[processes]\nuids = [1000]\ngids = [1000]\nexecutables = ["/bin/x"]\n[limits]\nfds = 3\nthreads = 2\n'
     judge = Judge.of("policy", text)
     judge.state(capture())
     for lie, code in (
@@ -204,8 +200,16 @@ def test_a_lie_in_the_offer_is_found_in_the_state():
         ({"groups": [1000, 27]}, "policy-gids"),
         ({"cap_prm": [0, 4]}, "policy-uids"),
         ({"cap_amb": [1]}, "policy-uids"),
-        ({"exe": b"/bin/y"}, "policy-executables"),
     ):
         with pytest.raises(PolicyError) as e:
             judge.state(capture(**lie))
+        assert e.value.code == code
+    judge.descriptors(3, 2, "/bin/x")
+    for those, code in (
+        ((4, 2, "/bin/x"), "policy-fds"),
+        ((3, 3, "/bin/x"), "policy-threads"),
+        ((3, 2, "/bin/y"), "policy-executables"),
+    ):
+        with pytest.raises(PolicyError) as e:
+            judge.descriptors(*those)
         assert e.value.code == code

@@ -212,7 +212,7 @@ def test_a_writer_that_found_no_room_learns_of_the_end(ends):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_door_is_an_end_on_both_sides(keys, number):
     with doors(keys["source"], keys["destination"]) as (client, server):
-        (a, _), (b, _) = shake(client, server)
+        (a, *_), (b, *_) = shake(client, server)
         (door,) = children(client._pid)
         with open(f"/proc/{door}/comm") as f:
             assert f.read().strip() == "lazymig-tls"
@@ -228,7 +228,7 @@ def test_a_killed_door_is_an_end_on_both_sides(keys, number):
 
 def test_doors_have_no_privileges_and_end_with_their_connection(keys):
     with doors(keys["source"], keys["destination"]) as (client, server):
-        (a, _), (b, _) = shake(client, server)
+        (a, *_), (b, *_) = shake(client, server)
         for side in (client, server):
             (door,) = children(side._pid)
             with open(f"/proc/{door}/status") as f:
@@ -246,7 +246,7 @@ def test_doors_have_no_privileges_and_end_with_their_connection(keys):
 
 def test_an_open_connection_outlives_who_made_it(keys):
     with doors(keys["source"], keys["destination"]) as (client, server):
-        (a, _), (b, _) = shake(client, server)
+        (a, *_), (b, *_) = shake(client, server)
     with a, b:
         a.sendall(b"still")
         assert b.recv(9) == b"still"
@@ -256,7 +256,7 @@ def test_new_files_count_from_the_next_connection_on(keys, tmp_path):
     crl = tmp_path / "crl.pem"
     crl.write_bytes(keys["source"].crl.read_bytes())
     with doors(keys["other"], replace(keys["destination"], crl=crl)) as pair:
-        (a, _), (b, _) = shake(*pair)
+        (a, *_), (b, *_) = shake(*pair)
         keys.authority.revoke("other")
         crl.write_bytes((keys.authority.directory / "crl.pem").read_bytes())
         refused = shake(*pair)

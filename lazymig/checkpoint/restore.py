@@ -146,7 +146,7 @@ class Restore:
             criu_wire.connect(sock, address, port)
             if (tls := self._wire.protection(address)) is not None:
                 with sock:
-                    sock, _ = doors_of(tls).open(sock, server=False, name=address)
+                    sock, _, _ = doors_of(tls).open(sock, server=False, name=address)
         except BaseException:
             sock.close()
             raise

@@ -110,7 +110,7 @@ class SourceServer:
         criu_wire.tune(sock)
         try:
             opened = partial(doors_of(self._tls).open, sock, server=True)
-            plain, who = await trio.to_thread.run_sync(opened, abandon_on_cancel=True)
+            plain, who, _ = await trio.to_thread.run_sync(opened, abandon_on_cancel=True)
         except TlsError as e:
             self.emit({"event": "warning", "text": f"{peer} was refused: {e}"})
             return

@@ -17,7 +17,7 @@ import trio
 from lazymig.errors import UNSOUND, LazymigError, ProtocolError
 from lazymig.migrate import registry
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame
-from lazymig.migrate.gate import Caller, Gate
+from lazymig.migrate.gate import Caller, Gate, place_door
 from lazymig.migrate.links import CAPABILITIES, tune_trio
 from lazymig.migrate.options import DaemonOptions, format_address
 from lazymig.migrate.session import first_error
@@ -131,7 +131,7 @@ class Daemon:
             channel = Channel(stream, peer)
             with trio.fail_after(_HELLO_TIMEOUT_S):
                 frame, _ = await channel.receive(max_body=MAX_HELLO)
-                await self._hello(channel, stream, frame, Caller(host, admitted.peer))
+                await self._hello(channel, stream, frame, Caller(host, admitted.peer, admitted.door))
         except (LazymigError, trio.TooSlowError, OSError, *UNSOUND) as e:  # one peer must not end the daemon
             error = e if isinstance(e, LazymigError) else ProtocolError(f"an unsound hello: {e!r}")
             self._emit({"event": "rejected", "peer": peer, "reason": str(error)})
@@ -145,6 +145,7 @@ class Daemon:
             raise ProtocolError(f"version {frame.get('version')} is not spoken here; this is {VERSION}")
         role = frame.get("role")
         if role == "control":
+            place_door(caller.door, role)
             await self._new(channel, stream, caller)
             return
         incoming = self._incoming.get(str(frame["id"]))
@@ -156,6 +157,7 @@ class Daemon:
                 code="other-certificate",
                 subject=str(caller.peer or "none"),
             )
+        place_door(caller.door, str(role))
         if role == "verdict":
             await channel.send({"t": "verdict", "verdict": str(incoming.verdict)})
         elif role in ("bulk", "fault"):

@@ -274,7 +274,9 @@ class DestinationMigration:
             self._steps[name] = (t[-1] - t[-2]) * 1e3
 
         described = frames.descriptors(frame)
-        builder.install(dump_from(described.fds), described.tids, described.exe)
+        fds = dump_from(described.fds)
+        self._judge.descriptors(len(fds.fd), len(described.tids), described.exe)
+        builder.install(fds, described.tids, described.exe)
         step("descriptors")
         frame, _ = self.control.expect_now("state")
         step("wait for state")

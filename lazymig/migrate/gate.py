@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import trio
 
 from lazymig.migrate.options import DaemonOptions
-from lazymig.secure.doors import HANDSHAKE_S, Doors
+from lazymig.migrate.placement import give_way, prompt
+from lazymig.secure.doors import HANDSHAKE_S, Doors, Opened
 from lazymig.secure.policy import Policy, load
 from lazymig.secure.tls import Peer, TlsError
 
@@ -30,6 +31,7 @@ class Admitted:
 
     stream: trio.SocketStream
     peer: Peer | None  # None: plaintext
+    door: int = 0  # pid, where there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,18 @@ class Caller:
 
     host: str  # address
     peer: Peer | None
+    door: int = 0  # pid, where there is one
 
     @property
     def certificate(self) -> str:
         """Its fingerprint; "" without TLS."""
         return self.peer.fingerprint if self.peer else ""
+
+
+def place_door(door: int, role: str) -> None:
+    """A door that carries bulk pages comes after the work of this host; others hand on what somebody waits for."""
+    if door:
+        give_way(door) if role == "bulk" else prompt(door)
 
 
 class Gate:
@@ -68,13 +77,13 @@ class Gate:
             await self._refuse_tls(stream)
             return Admitted(stream, None)
         tcp = socket.socket(fileno=os.dup(stream.socket.fileno()))
-        plain, peer = await trio.to_thread.run_sync(
+        plain, peer, door = await trio.to_thread.run_sync(
             self._open, tcp, limiter=self._limit, abandon_on_cancel=True
         )
         await stream.aclose()
-        return Admitted(trio.SocketStream(trio.socket.from_stdlib_socket(plain)), peer)
+        return Admitted(trio.SocketStream(trio.socket.from_stdlib_socket(plain)), peer, door)
 
-    def _open(self, tcp: socket.socket) -> tuple[socket.socket, Peer]:
+    def _open(self, tcp: socket.socket) -> Opened:
         assert self._doors is not None
         with tcp:
             return self._doors.open(tcp, server=True, timeout_s=HANDSHAKE_S)

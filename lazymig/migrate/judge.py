@@ -106,14 +106,15 @@ class Judge:
         if self.policy.limits.bytes is not None:
             self.policy.check_limit("bytes", _size(layout))
 
+    def descriptors(self, fds: int, threads: int, exe: str) -> None:
+        """How many of them there are at the freeze, and the program. PolicyError."""
+        self.policy.check_limit("fds", fds)
+        self.policy.check_limit("threads", threads)
+        self._executable(exe)
+
     def state(self, captured: Capture) -> None:
-        """What the process is at the freeze. PolicyError."""
+        """Who the process is at the freeze. PolicyError."""
         p = self.policy
-        p.check_limit("threads", len(captured.threads))
-        if p.limits.fds is not None:
-            p.check_limit("fds", len(dump_from(captured.fds).fd))
-        if p.executables is not None:
-            self._executable(state.exe_path(captured.process))
         if p.uids is None and p.gids is None:
             return
         for data in captured.thread_states:

@@ -15,6 +15,7 @@ import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame, decode_body, encode
+from lazymig.migrate.gate import place_door
 from lazymig.migrate.options import MigrateOptions, format_address
 from lazymig.migrate.states import Verdict
 from lazymig.secure.doors import doors_of
@@ -59,15 +60,18 @@ async def _dial(options: MigrateOptions) -> trio.SocketStream:
     return trio.SocketStream(trio.socket.from_stdlib_socket(plain))
 
 
-def _behind_door(tls: Credentials, tcp: socket.socket, options: MigrateOptions) -> socket.socket:
+def _behind_door(
+    tls: Credentials, tcp: socket.socket, options: MigrateOptions, role: str = "control"
+) -> socket.socket:
     with tcp:
         try:
-            plain, _ = doors_of(tls).open(
+            plain, _, door = doors_of(tls).open(
                 tcp, server=False, name=options.host, timeout_s=options.connect_timeout_s
             )
         except TlsError as e:
             e.subject = e.subject or format_address(options.host, options.port)
             raise
+    place_door(door, role)
     return plain
 
 
@@ -188,7 +192,7 @@ def _connect_raw(options: MigrateOptions, hello: dict[str, object]) -> socket.so
     try:
         tune(sock, options.link_timeout_s)
         if (tls := options.wire.protection(options.host)) is not None:
-            sock = _behind_door(tls, sock, options)
+            sock = _behind_door(tls, sock, options, str(hello["role"]))
         sock.settimeout(options.connect_timeout_s)
         sock.sendall(encode(hello))
         head = _read_exactly(sock, _HEAD)

@@ -73,9 +73,21 @@ def give_way(thread: int | None) -> None:
     A nice value alone does not: the scheduler lets a running thread finish its time slice (3 ms) before one that
     wakes up, so the slice is made short as well (Linux 6.12; without effect before).
     """
-    attr = bytearray(_ATTR.pack(_ATTR.size, 0, 0, _BACKGROUND, 0, _SHORT_SLICE_NS, 0, 0))
+    _schedule(thread or 0, _BACKGROUND)
+
+
+def _schedule(thread: int, nice: int) -> None:
+    attr = bytearray(_ATTR.pack(_ATTR.size, 0, 0, nice, 0, _SHORT_SLICE_NS, 0, 0))
     with contextlib.suppress(OSError):
-        calls.syscall(SYS.sched_setattr, thread or 0, calls.address(attr), 0)
+        calls.syscall(SYS.sched_setattr, thread, calls.address(attr), 0)
+
+
+def prompt(thread: int) -> None:
+    """Lets a thread that hands on what somebody waits for run as soon as it has something, however busy the host is.
+
+    One that wakes up waits for the end of a running thread's slice, unless its own is shorter (Linux 6.12).
+    """
+    _schedule(thread, _FREEZE)
 
 
 def anywhere() -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import socket
-from typing import Any
+from typing import Any, NamedTuple
 
 from lazymig.errors import LazymigError
 from lazymig.secure.tls import Context, Credentials, Peer, TlsError, unprivileged
@@ -23,6 +23,14 @@ from lazymig.secure.tls import Context, Credentials, Peer, TlsError, unprivilege
 HANDSHAKE_S = 10.0
 _MARGIN_S = 5.0
 _MESSAGE = 8192
+
+
+class Opened(NamedTuple):
+    """A connection behind a door."""
+
+    sock: socket.socket  # plain, blocking
+    peer: Peer  # who is at the other end
+    door: int  # the door's pid
 
 
 class Doors:
@@ -51,7 +59,7 @@ class Doors:
 
     def open(
         self, tcp: socket.socket, *, server: bool, name: str = "", timeout_s: float = HANDSHAKE_S
-    ) -> tuple[socket.socket, Peer]:
+    ) -> Opened:
         """A plain blocking socket whose bytes travel over ``tcp`` by TLS, and who is at the other end.
 
         ``tcp`` stays the caller's to close, and is not to be used: the door has it. As client (not ``server``) the
@@ -77,7 +85,7 @@ class Doors:
             raise TlsError(
                 said["message"], code=said["code"], subject=said.get("subject", ""), hint=said.get("hint", "")
             )
-        return plain, Peer(tuple(said["names"]), said["fingerprint"])
+        return Opened(plain, Peer(tuple(said["names"]), said["fingerprint"]), int(said["pid"]))
 
 
 @functools.cache
@@ -130,6 +138,7 @@ def _door(
     except LazymigError as e:
         report.send(json.dumps(e.to_wire()).encode())
         return
-    report.send(json.dumps({"names": peer.names, "fingerprint": peer.fingerprint}).encode())
+    said = {"names": peer.names, "fingerprint": peer.fingerprint, "pid": os.getpid()}
+    report.send(json.dumps(said).encode())
     report.close()
     context.pump(plain.fileno())
