@@ -122,7 +122,7 @@ def attach(name, data):
 def lazy(*pairs):
     def alter(f):
         f["prepare"].attachment = ranges(*pairs)
-        f["prepare"].frame["lazy_len"] = 16 * len(pairs)
+        f["prepare"].frame |= {"lazy_len": 16 * len(pairs), "drop_len": 0, "eager_len": 0}
 
     return alter
 

@@ -360,6 +360,30 @@ lm_result lm_peek(int32_t pid, uint64_t addr, void *out, uint64_t len)
 	return (uint64_t)got == len ? lm_ok(len) : lm_fail(got, EFAULT);
 }
 
+lm_result lm_peek_ranges(int32_t pid, const lm_range *r, uint64_t n, uint8_t *out)
+{
+	for (uint64_t i = 0; i < n; i++) {
+		lm_result one = lm_peek(pid, r[i].start, out, r[i].end - r[i].start);
+
+		if (one.err)
+			return lm_fail(i, one.err);
+		out += r[i].end - r[i].start;
+	}
+	return lm_ok(n);
+}
+
+lm_result lm_write_ranges(int mem, const lm_range *r, uint64_t n, const uint8_t *data)
+{
+	for (uint64_t i = 0; i < n; i++) {
+		ssize_t size = (ssize_t)(r[i].end - r[i].start), put = pwrite(mem, data, (size_t)size, (off_t)r[i].start);
+
+		if (put != size)
+			return lm_fail(i, put < 0 ? errno : EFAULT);
+		data += size;
+	}
+	return lm_ok(n);
+}
+
 lm_result lm_poke(int32_t pid, uint64_t addr, const void *data, uint64_t len)
 {
 	struct iovec l = {(void *)data, len}, r = {(void *)addr, len};

@@ -60,6 +60,10 @@ lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t
 /* Reads or writes another process's memory, whole or not at all (done: bytes). */
 lm_result lm_peek(int32_t pid, uint64_t addr, void *out, uint64_t len);
 lm_result lm_poke(int32_t pid, uint64_t addr, const void *data, uint64_t len);
+/* The same for ranges, whose bytes lie one after another (done: ranges). Writing goes through a descriptor of
+ * /proc/PID/mem, which takes no notice of the mappings' rights. */
+lm_result lm_peek_ranges(int32_t pid, const lm_range *r, uint64_t n, uint8_t *out);
+lm_result lm_write_ranges(int mem, const lm_range *r, uint64_t n, const uint8_t *data);
 /* cffi: end */
 
 #endif

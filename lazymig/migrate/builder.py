@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazymig.arch import SYS
-from lazymig.errors import LazymigError, ProtocolError, unsound
+from lazymig.errors import LazymigError, ProtocolError, SyscallError, unsound
 from lazymig.kernel.batch import Batch, run_all_steps, run_steps
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
 from lazymig.migrate.capture import Capture
 from lazymig.migrate.options import Mode
 from lazymig.migrate.parts import lazy_capable
+from lazymig.native import ffi, lib
 from lazymig.pb import descriptors_pb2
 from lazymig.process import calls, state
 from lazymig.process.descriptors import DescriptorRestorer
@@ -126,6 +127,14 @@ class Builder:
         self.skeleton.punch(mine)
         if shared:
             self.skeleton.punch(pages & shared, shared=True)
+
+    def place(self, pages: RangeSet, data: memoryview) -> None:
+        """Writes the few pages that came with the hand-over itself, whatever their rights."""
+        if not self.memory.layout.ranges().covers(pages):
+            raise ProtocolError("pages where nothing is mapped", subject=f"pid {self.pid}")
+        r = lib.lm_write_ranges(self.mem_fd, pages.ptr, len(pages), ffi.from_buffer("uint8_t[]", data))
+        if r.err:
+            raise SyscallError("writing memory", r.err, subject=f"pid {self.pid} at {pages[r.done][0]:x}")
 
     # ---- state
 

@@ -273,10 +273,9 @@ class DestinationMigration:
             t.append(time.perf_counter())
             self._steps[name] = (t[-1] - t[-2]) * 1e3
 
-        described = frames.descriptors(frame)
-        fds = dump_from(described.fds)
-        self._judge.descriptors(len(fds.fd), len(described.tids), described.exe)
-        builder.install(fds, described.tids, described.exe)
+        tids, fds, exe = frames.descriptors(frame)
+        self._judge.descriptors(len(fds.fd), len(tids), exe)
+        builder.install(fds, tids, exe)
         step("descriptors")
         frame, _ = self.control.expect_now("state")
         step("wait for state")
@@ -293,9 +292,12 @@ class DestinationMigration:
         step("layout")
         builder.drop(prepare.drop)
         step("drop")
-        self._open_gates(prepare.seq)
         builder.after_install()
-        await self._placed(prepare.seq)
+        if prepare.eager is None:
+            self._open_gates(prepare.seq)
+            await self._placed(prepare.seq)
+        else:
+            builder.place(prepare.eager, prepare.bytes)
         step("eager")
         builder.settle(restored)
         step("threads")

@@ -15,7 +15,9 @@ from typing import Any
 
 from lazymig.errors import ProtocolError, Refusal, told, unsound
 from lazymig.kernel.ranges import RangeSet
+from lazymig.pb import descriptors_pb2
 from lazymig.process.content import MAX_SIZE
+from lazymig.process.descriptors import dump_from
 from lazymig.process.vmas import LayoutDiff
 
 Frame = Mapping[str, Any]
@@ -102,19 +104,10 @@ def file_head(frame: Frame) -> dict[str, object]:
         return dict(frame["head"])
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptors:
-    """The descriptors frame."""
-
-    tids: list[int]
-    fds: bytes  # a DescriptorsDump message
-    exe: str  # path of the program
-
-
-def descriptors(frame: Frame) -> Descriptors:
-    """Of the frozen process."""
+def descriptors(frame: Frame) -> tuple[list[int], descriptors_pb2.DescriptorsDump, str]:
+    """Threads, descriptors and the program's path of the frozen process."""
     with unsound("descriptors"):
-        return Descriptors(tids_of(frame["tids"]), octets(frame["fds"]), os.fsdecode(octets(frame["exe"])))
+        return tids_of(frame["tids"]), dump_from(octets(frame["fds"])), os.fsdecode(octets(frame["exe"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +117,8 @@ class Prepare:
     seq: int
     lazy: RangeSet
     drop: RangeSet
+    eager: RangeSet | None  # pages of this frame; None: they come on the bulk connections
+    bytes: memoryview  # of these pages
     files: object  # for `offer.check_files`
     change: Change | None
 
@@ -131,10 +126,18 @@ class Prepare:
 def prepare(frame: Frame, attachment: bytes) -> Prepare:
     """Of a prepare frame and its attachment."""
     with unsound("a prepare"):
-        n = number(frame["lazy_len"], len(attachment))
-        lazy, drop = RangeSet.from_bytes(attachment[:n]), RangeSet.from_bytes(attachment[n:])
+        parts, at = [], 0
+        for name in ("lazy_len", "drop_len", "eager_len"):
+            end = at + number(frame[name], len(attachment) - at)
+            parts.append(RangeSet.from_bytes(attachment[at:end]))
+            at = end
+        lazy, drop, eager = parts
+        rest = memoryview(attachment)[at:]
+        if len(rest) != eager.size:
+            raise ValueError("as many bytes as pages must come along")
         changed = change(frame) if "diff" in frame else None
-        return Prepare(sequence(frame), lazy, drop, frame["files"], changed)
+        here = eager if frame["inline"] is True else None
+        return Prepare(sequence(frame), lazy, drop, here, rest, frame["files"], changed)
 
 
 def late_signals(frame: Frame) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate.options import Mode
+from lazymig.native import ffi, lib
 from lazymig.process.vmas import Layout, Vma
 from page_server.wire import FORCE, ZEROABLE
 
@@ -11,6 +12,7 @@ SMALL_VMA = 8 << 20  # pages of smaller VMAs are rather sent in the freeze: a pr
 # Locked memory must not be missing; the kernel drops droppable pages and wipes others on fork behind our back.
 _NEVER_LAZY = {"lo", "dp", "wf"}
 EAGER_BUDGET = 256  # pages that may be so
+_FEW = 2 << 20  # bytes of pages that go with the prepare frame: no thread has to wake up for them
 
 
 def classify(layout: Layout, pages: RangeSet) -> list[tuple[RangeSet, int]]:
@@ -77,6 +79,16 @@ def warm(layout: Layout, mode: Mode) -> None:
     classify(layout, RangeSet())
     locked(layout)
     layout.ranges()
+
+
+def few_pages(pid: int, pages: RangeSet) -> bytes | None:
+    """The contents of these pages, when they are few and can all be read simply."""
+    if pages.size > _FEW:
+        return None
+    data = ffi.new("uint8_t[]", pages.size)
+    if lib.lm_peek_ranges(pid, pages.ptr, len(pages), data).err:
+        return None
+    return bytes(ffi.buffer(data))
 
 
 def dealt(parts: list[tuple[RangeSet, int]], n: int) -> list[list[tuple[RangeSet, int]]]:

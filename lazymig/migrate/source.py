@@ -35,7 +35,7 @@ from lazymig.migrate.channel import PATIENCE_S
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
 from lazymig.migrate.options import MigrateOptions, Mode
-from lazymig.migrate.parts import classify, dealt, lazy_capable, locked, split_eager, warm
+from lazymig.migrate.parts import classify, dealt, few_pages, lazy_capable, locked, split_eager, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
 from lazymig.migrate.rounds import Action, Policy, RoundRecord
 from lazymig.migrate.serve import AbandonedError, Serving, make_senders
@@ -61,7 +61,6 @@ Event = dict[str, Any]
 _FREEZE_TRIES = 20
 _THAW_S = 0.01
 _PASSING = {"fd-content"}  # reasons that a process that runs on removes by itself
-_FEW = 4 << 20  # bytes that may be sent in the freeze without a thread
 _ASK_AGAIN_S, _ASK_PAUSE_S = 60.0, 0.2
 _LOOK_AGAIN_S = 1.0
 _LAST_WORDS_S = 2.0  # of a destination that gave up: it takes down what it had made first
@@ -438,20 +437,20 @@ class SourceMigration:
         step("diff")
         self.machine.to(Source.PREPARE)
         self._seq += 1
-        frame = {"t": "prepare", "seq": self._seq, "lazy_len": len(lazy) * 16}
+        drop = (lazy - self._punched) | gone
+        few = few_pages(self.options.pid, eager)
+        lists = [s.to_bytes() for s in (lazy, drop, eager if few is not None else RangeSet())]
+        lengths = zip(("lazy_len", "drop_len", "eager_len"), map(len, lists), strict=True)
+        frame = {"t": "prepare", "seq": self._seq, "inline": few is not None, **dict(lengths)}
         frame["files"] = offers.writable_facts(fds, self.target.layout)
         if d:
             frame["diff"] = d.to_wire()
             frame["objects"] = self.target.object_sizes()
-        drop = (lazy - self._punched) | gone
-        self.links.control.send_now(frame, lazy.to_bytes() + drop.to_bytes())
+        self.links.control.send_now(frame, b"".join([*lists, few or b""]))
         step("send")
-        parts = classify(self.target.layout, eager)
-        if eager.size <= _FEW and len(self.senders) == 1:
-            self._bulk_bytes += self.senders[0].send_now(self._seq, parts).bytes_wire
-        else:
-            await self._send_parts(self._seq, parts)
-        step("eager")
+        if few is None:
+            await self._send_parts(self._seq, classify(self.target.layout, eager))
+            step("eager")
         self.pages = PageSource(self.options.pid, self.links.fault, self.senders)
         self.pages.start(lazy)
         if self._last_drop:
