@@ -144,7 +144,8 @@ class SkeletonMemory:
                 size = max([*ends, sizes.get(key, 0)])
                 self._objects[key] = self._make_object(v, size)
             (fd,) = self.skeleton.receive_fds([self._objects[key]])
-            self.skeleton.run(self._map(v, _MAP_SHARED, fd), ("close", SYS.close, fd))
+            self.skeleton.run(self._map(v, _MAP_SHARED, fd))
+            self.skeleton.close_fds([fd])
 
     def _make_object(self, v: Vma, size: int) -> int:
         """A new shared memory object. One made by mmap is opened by its map_files link, to map it piecewise."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -59,6 +60,7 @@ class Skeleton:
         self._made = False  # until then the number may be another process's
         self._floor = 0  # descriptors of the process are all below: temporary ones go above
         self._courier_at = _COURIER
+        self._up: set[int] = set()  # temporary ones that are there just now
         self.region = SharedRegion(choose_base(layout.ranges()))
         self._courier, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -93,6 +95,7 @@ class Skeleton:
             ("munmap", SYS.munmap, 0, self.region.base),
             ("munmap", SYS.munmap, end, TASK_SIZE - end),
         )
+        self.reserve_fds(0)
         # A huge page placed for one of its pages would make the others, which may be lazy, present as zeroes.
         self.run(("prctl(PR_SET_THP_DISABLE)", SYS.prctl, 41, 1, 0, 0, 0))
 
@@ -152,6 +155,26 @@ class Skeleton:
         return numbers
 
     def _receive(self, local: Sequence[int]) -> list[int]:
+        high, calls = self._moved_up(self._take(local))
+        self.run(*calls)
+        self._up.update(high)
+        return high
+
+    def _moved_up(self, got: Sequence[int]) -> tuple[list[int], list[tuple[str | int, ...]]]:
+        """Where these descriptors can lie out of everybody's way, and the calls that move them there.
+
+        The kernel gave the lowest free numbers, which the process itself may want. From the floor on nothing lies but
+        the courier and what was shipped before.
+        """
+        used = {self._courier_at, *self._up, *got}
+        free = (n for n in itertools.count(self._floor) if n not in used)
+        high = [fd if fd >= self._floor else next(free) for fd in got]
+        moved = [(a, b) for a, b in zip(got, high, strict=True) if a != b]
+        calls: list[tuple[str | int, ...]] = [("dup3", SYS.dup3, a, b, _O_CLOEXEC) for a, b in moved]
+        return high, [*calls, *(("close", SYS.close, a) for a, _ in moved)]
+
+    def _take(self, local: Sequence[int]) -> list[int]:
+        """Ships descriptors; the numbers that the kernel gave them there."""
         rights = array.array("i", local)
         self._courier.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights.tobytes())])
         room = self.main.out(16 + 4 * len(local) + 8)
@@ -162,15 +185,7 @@ class Skeleton:
         c = self.main.call(SYS.recvmsg, self._courier_at, msg, 0x40000000)  # MSG_CMSG_CLOEXEC
         self.main.run()
         c.check("recvmsg", f"pid {self.pid}")
-        got = array.array("i", room.data[16 : 16 + 4 * len(local)])
-        moves = [("fcntl(F_DUPFD)", SYS.fcntl, fd, _F_DUPFD_CLOEXEC, self._floor) for fd in got]
-        # The kernel gave the lowest free numbers, which may be wanted by others: move all out of the way first.
-        high = [fd if fd >= self._floor else -1 for fd in got]
-        low = [i for i, fd in enumerate(high) if fd < 0]
-        for i, fd in zip(low, self.run(*[moves[i] for i in low]), strict=True):
-            high[i] = fd
-        self.run(*[("close", SYS.close, got[i]) for i in low])
-        return high
+        return list(array.array("i", room.data[16 : 16 + 4 * len(local)]))
 
     def install_fds(self, placements: Sequence[tuple[int, int, bool]], more: Sequence[int] = ()) -> list[int]:
         """Puts descriptors of this process at their numbers: (number there, descriptor here, close-on-exec).
@@ -178,17 +193,24 @@ class Skeleton:
         Ships ``more`` along with them; returns the numbers that those have there, for as long as they are needed.
         """
         self.reserve_fds(max((p[0] for p in placements), default=0))
-        temporary = self.receive_fds([*(p[1] for p in placements), *more])
-        calls: list[tuple[str | int, ...]] = []
-        for (number, _, cloexec), at in zip(placements, temporary, strict=False):
-            calls.append(("dup3", SYS.dup3, at, number, _O_CLOEXEC if cloexec else 0))
-            calls.append(("close", SYS.close, at))
-        self.run(*calls)
-        return temporary[len(placements) :]
+        todo, there = [*placements, *((-1, fd, True) for fd in more)], []
+        for i in range(0, len(todo), _SCM_MAX_FD):
+            some = todo[i : i + _SCM_MAX_FD]
+            high, calls = self._moved_up(self._take([p[1] for p in some]))
+            for (number, _, cloexec), at in zip(some, high, strict=True):
+                if number < 0:
+                    there.append(at)
+                    continue
+                calls.append(("dup3", SYS.dup3, at, number, _O_CLOEXEC if cloexec else 0))
+                calls.append(("close", SYS.close, at))
+            self.run(*calls)
+        self._up.update(there)
+        return there
 
     def close_fds(self, numbers: Sequence[int]) -> None:
         """Closes descriptors of the process."""
         self.run(*[("close", SYS.close, n) for n in numbers])
+        self._up.difference_update(numbers)
 
     # ---- memory
 
