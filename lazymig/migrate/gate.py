@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from lazymig.migrate.options import DaemonOptions
-from lazymig.migrate.placement import give_way, prompt
+from lazymig.migrate.placement import prompt
 from lazymig.secure.doors import HANDSHAKE_S, Doors, Opened
 from lazymig.secure.policy import Policy, load
 from lazymig.secure.tls import Peer, TlsError
@@ -49,9 +49,13 @@ class Caller:
 
 
 def place_door(door: int, role: str) -> None:
-    """A door that carries bulk pages comes after the work of this host; others hand on what somebody waits for."""
-    if door:
-        give_way(door) if role == "bulk" else prompt(door)
+    """A door that hands on what somebody waits for runs at once.
+
+    One that carries bulk pages takes its turn like any program: after the others, as threads that only fill memory
+    do, would be too late for the pages that cross in the freeze.
+    """
+    if door and role != "bulk":
+        prompt(door)
 
 
 class Gate:
