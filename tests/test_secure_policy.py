@@ -129,6 +129,15 @@ def test_what_is_no_toml(tmp_path):
         load(tmp_path / "none")
 
 
+def test_a_file_that_others_may_write_to(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text("")
+    for mode in (0o622, 0o662):
+        path.chmod(mode)
+        with pytest.raises(PolicyFileError, match="may write"):
+            load(path)
+
+
 @given(st.text("/a*?b.[", max_size=8), st.text("/ab.[", max_size=8))
 def test_a_glob_without_stars_is_itself(pattern, path):
     if not {"*", "?"} & set(pattern):

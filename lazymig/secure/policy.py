@@ -9,6 +9,7 @@ import fnmatch
 import grp
 import hashlib
 import ipaddress
+import os
 import pwd
 import re
 import tomllib
@@ -161,7 +162,10 @@ def _sha256(path: str) -> str:
 def load(path: Path) -> Policy:
     """Reads a file; PolicyFileError with the line and the key."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as f:
+            info, data = os.fstat(f.fileno()), f.read(MAX_FILE + 1)
+        if info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o022:
+            raise PolicyFileError("others than its owner, root, may write to it", subject=str(path))
         if len(data) > MAX_FILE:
             raise PolicyFileError(f"is longer than {MAX_FILE} bytes", subject=str(path))
         return parse(data.decode(), path)
