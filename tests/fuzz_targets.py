@@ -383,7 +383,7 @@ def _random(name: str, seeds: list[bytes], o: argparse.Namespace) -> int:
 
 def _guided(name: str, seeds: list[bytes], o: argparse.Namespace) -> int:
     target = TARGETS[name]
-    folder = o.keep or Path(_SCRATCH) / "corpus"
+    folder = o.keep or Path(tempfile.mkdtemp(prefix="lazymig-fuzz-corpus-"))
     folder.mkdir(parents=True, exist_ok=True)
     for i, s in enumerate(seeds):
         (folder / f"seed-{i}").write_bytes(s)
@@ -399,7 +399,11 @@ def _guided(name: str, seeds: list[bytes], o: argparse.Namespace) -> int:
         f"-seed={o.seed or 1}",
         "-rss_limit_mb=3000",
     ]
-    options += [f"-timeout={HANG_S}", f"-artifact_prefix={tempfile.gettempdir()}/lazymig-fuzz-{name}-"]
+    options += [
+        f"-timeout={HANG_S}",
+        "-handle_xfsz=0",
+        f"-artifact_prefix={tempfile.gettempdir()}/lazymig-fuzz-{name}-",
+    ]
     atheris.Setup(
         [sys.argv[0], *options, str(folder)],
         lambda data: try_one(target, bytes(data)),

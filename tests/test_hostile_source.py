@@ -150,6 +150,31 @@ def regular(**fields):
     return dump(change)
 
 
+def owned(pid, **fields):
+    """A file whose signals go to somebody; None: to the process."""
+
+    def change(d):
+        entry = next(e for e in d.file if e.HasField("reg") and any(r.id == e.id for r in d.fd))
+        entry.reg.fown.pid = d.pid if pid is None else pid
+        for name, value in fields.items():
+            setattr(entry.reg.fown, name, value)
+
+    return dump(change)
+
+
+def ghost(mode, size=4):
+    """One more file without a name."""
+
+    def change(d):
+        g = d.ghost.add(id=(1 << 30) + 77, name="/tmp/gone")
+        h = g.head
+        h.uid = h.gid = 0
+        h.mode, h.size, h.chunks, h.dev, h.ino = mode, size, True, 5, 5
+        h.atime_ns = h.mtime_ns = 1
+
+    return dump(change)
+
+
 def unix_at(path):
     def change(d):
         e = d.file.add(type=fdinfo_pb2.UNIXSK, id=900)
@@ -333,10 +358,21 @@ CASES = {
     ),
     "a descriptor twice": (lambda t: dump(lambda d: d.fd.append(d.fd[0])), {P}),
     "a descriptor of nothing": (lambda t: dump(lambda d: setattr(d.fd[0], "id", 4000)), {P}),
+    "a descriptor of what has none": (
+        lambda t: dump(
+            lambda d: setattr(d.file[0], "id", (1 << 32) - 1) or setattr(d.fd[0], "id", (1 << 32) - 1)
+        ),
+        {P},
+    ),
     "a draft at the end": (lambda t: dump(lambda d: setattr(d, "content", False)), {P}),
     "an open file above the root": (lambda t: regular(name="/tmp/../etc/passwd"), {"descriptor"}),
     "memory of another process": (lambda t: regular(name="/proc/1/mem", flags=os.O_RDWR), {"fd-proc"}),
     "memory of the worker": (lambda t: regular(name="/proc/self/mem", flags=os.O_RDWR), {"fd-proc"}),
+    "descriptors of another process": (lambda t: dump(lambda d: setattr(d, "pid", 1)), {P}),
+    "signals to another process": (lambda t: owned(pid=1, pid_type=1, signum=9), {P}),
+    "signals to a group": (lambda t: owned(pid=None, pid_type=2, signum=9), {P}),
+    "a signal of 2^32": (lambda t: owned(pid=None, pid_type=1, signum=(1 << 32) - 1), {P}),
+    "an owner of 2^32": (lambda t: owned(pid=(1 << 32) - 1, pid_type=(1 << 32) - 1, signum=0), {P}),
     "an open link": (lambda t: regular(name=str(t.link)), {"descriptor"}),
     "an open pipe": (lambda t: regular(name=str(t.fifo)), {"descriptor"}),
     "a device": (lambda t: regular(name="/dev/mem"), {"descriptor", "file-missing"}),
@@ -354,6 +390,8 @@ CASES = {
         {P},
     ),
     "an open file at 2^63": (lambda t: regular(name=str(t.precious), pos=(1 << 64) - 1), {P}),
+    "a deleted program that is setuid": (lambda t: ghost(0o104755), {"file-setuid"}),
+    "a deleted file of 2^62 bytes": (lambda t: ghost(0o100644, size=1 << 62), {P}),
     "the socket of a service": (lambda t: unix_at(t.socket_path), {"fd-bind"}),
     "a socket in the place of a file": (lambda t: unix_at(t.precious), {"file-differs"}),
     "a socket above the root": (lambda t: unix_at("/tmp/../x"), {"descriptor"}),

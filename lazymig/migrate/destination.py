@@ -145,7 +145,8 @@ class DestinationMigration:
         if refusals:
             await self._refuse(refusals)
             return False
-        missing = offers.files_to_ship(self.offer)
+        # A file of a user's own can be one that root's programs read: so only where root's processes may come too.
+        missing = offers.files_to_ship(self.offer) if self._judge.allows_root() else []
         if missing:
             self.files.want(missing)
             await self.control.send({"t": "want-files", "paths": missing})
@@ -231,7 +232,7 @@ class DestinationMigration:
         start, mode = start_time(pid), str(self.offer.mode)
         self.entry.set(pid=pid, start=start, keeper=keeper, state="receiving", mode=mode)
         self.machine.to(Destination.SKELETON)
-        self.builder.open(dump_from(self.offer.fds), self.offer.highest_fd)
+        self.builder.open(dump_from(self.offer.fds, self.offer.pid), self.offer.highest_fd)
 
     def _apply(self, change: frames.Change) -> None:
         self._built.apply(change.diff, change.sizes)
@@ -273,7 +274,7 @@ class DestinationMigration:
             t.append(time.perf_counter())
             self._steps[name] = (t[-1] - t[-2]) * 1e3
 
-        tids, fds, exe = frames.descriptors(frame)
+        tids, fds, exe = frames.descriptors(frame, self.offer.pid)
         self._judge.descriptors(len(fds.fd), len(tids), exe)
         builder.install(fds, tids, exe)
         step("descriptors")

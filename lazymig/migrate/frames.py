@@ -104,10 +104,12 @@ def file_head(frame: Frame) -> dict[str, object]:
         return dict(frame["head"])
 
 
-def descriptors(frame: Frame) -> tuple[list[int], descriptors_pb2.DescriptorsDump, str]:
+def descriptors(
+    frame: Frame, pid: int | None = None
+) -> tuple[list[int], descriptors_pb2.DescriptorsDump, str]:
     """Threads, descriptors and the program's path of the frozen process."""
     with unsound("descriptors"):
-        return tids_of(frame["tids"]), dump_from(octets(frame["fds"])), os.fsdecode(octets(frame["exe"]))
+        return tids_of(frame["tids"]), dump_from(octets(frame["fds"]), pid), os.fsdecode(octets(frame["exe"]))
 
 
 @dataclass(frozen=True, slots=True)

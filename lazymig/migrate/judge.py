@@ -100,6 +100,10 @@ class Judge:
         ]
         return [r for check in checks for r in _refusal(check)]
 
+    def allows_root(self) -> bool:
+        """Whether processes of root's may come."""
+        return not _refusal(lambda: self.policy.check_ids((0,), ()))
+
     def layout(self, layout: Layout) -> None:
         """PolicyError."""
         self.policy.check_limit("vmas", len(layout))

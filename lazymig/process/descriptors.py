@@ -29,6 +29,8 @@ from lazymig.process.fd_memfd import fill_memfd, make_memfd, memfd_name, seal, t
 from lazymig.process.fd_reg import DELETED, fill_ghost, ghost_key, make_ghost, take_ghost
 from lazymig.process.fdinfo import FL_FLOCK, FL_OFDLCK, FL_POSIX, FdInfo
 from lazymig.process.fdkind import (
+    F_OWNER_PID,
+    F_OWNER_TID,
     F_SETOWN_EX,
     F_SETSIG,
     O_ASYNC,
@@ -298,13 +300,15 @@ class Placement:
     cloexec: bool
 
 
-def dump_from(data: bytes) -> descriptors_pb2.DescriptorsDump:
-    """A DescriptorsDump message that came from a peer; ProtocolError when it is none."""
+def dump_from(data: bytes, pid: int | None = None) -> descriptors_pb2.DescriptorsDump:
+    """A DescriptorsDump message that came from a peer; ProtocolError when it is none, or not of process ``pid``."""
     try:
         dump = descriptors_pb2.DescriptorsDump.FromString(data)
     except DecodeError as e:
         raise ProtocolError(f"no descriptors: {e}") from None
     check(dump)
+    if pid is not None and dump.pid != pid:
+        raise ProtocolError("descriptors of another process", subject=f"pid {dump.pid}")
     return dump
 
 
@@ -314,7 +318,8 @@ def check(dump: descriptors_pb2.DescriptorsDump) -> None:
     ids = {f.id for f in dump.file}
     if len(set(numbers)) != len(numbers) or any(n >= MAX_FD for n in numbers):
         raise ProtocolError("descriptor numbers are not distinct or too large")
-    if len(ids) != len(dump.file) or not {r.id for r in dump.fd} <= ids:
+    # Those from SPECIAL_ID on tell more about others, and have no descriptor.
+    if len(ids) != len(dump.file) or not {r.id for r in dump.fd} <= {i for i in ids if i < SPECIAL_ID}:
         raise ProtocolError("descriptors and open files do not fit together")
     ghosts = {g.id for g in dump.ghost}
     if any(r.remap_id not in ghosts or r.remap_type != remap_file_path_pb2.GHOST for r in dump.remap):
@@ -551,6 +556,11 @@ def _own(b: Batch, kind: Kind, entry: fdinfo_pb2.file_entry, fd: int, ctx: Resto
         return
     fown, flags = found
     todo: list[Call] = []
+    # The husk is root's still, and so is whom it names: it could have signals sent to anybody.
+    if fown.pid and (fown.pid != ctx.dump.pid or fown.pid_type not in (F_OWNER_TID, F_OWNER_PID)):
+        raise ProtocolError("its signals go to another process", subject=ctx.subject(entry.id, "owner"))
+    if fown.signum > 64:
+        raise ProtocolError("no such signal", subject=ctx.subject(entry.id, "owner"))
     if fown.pid:
         owner = b.put(struct.pack("ii", fown.pid_type, fown.pid))
         todo.append(b.call(SYS.fcntl, fd, F_SETOWN_EX, owner))

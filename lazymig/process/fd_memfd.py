@@ -72,7 +72,7 @@ def make_memfd(m: descriptors_pb2.Memfd) -> int:
     fd = os.memfd_create(name.decode("utf-8", "surrogateescape"), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.fchown(fd, h.uid, h.gid)
     if h.HasField("mode"):
-        os.fchmod(fd, stat.S_IMODE(h.mode))
+        os.fchmod(fd, stat.S_IMODE(h.mode) & ~(stat.S_ISUID | stat.S_ISGID))  # which mean nothing on a memfd
     content.resize(fd, h.size)
     return fd
 

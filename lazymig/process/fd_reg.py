@@ -133,6 +133,9 @@ def make_ghost(g: descriptors_pb2.Ghost, ctx: RestoreContext) -> int:
     if not stat.S_ISREG(g.head.mode):
         raise ProtocolError("a file without a name is no regular file")
     mode = stat.S_IMODE(g.head.mode)
+    if mode & (stat.S_ISUID | stat.S_ISGID):
+        # Who has it open could execute it, with the rights of an owner that the source chose.
+        raise DescriptorError("it would run with another's rights", subject=g.name, code="file-setuid")
     folder = os.path.dirname(ctx.path(g.name)) or "/"
     error: OSError | None = None
     for place in (folder, ctx.path("/var/tmp"), ctx.path("/tmp"), ctx.path("/dev/shm")):
