@@ -143,7 +143,7 @@ def _destination(frame: dict, attachment: bytes) -> None:
             finally:
                 taken.undo()
         case "descriptors":
-            dump_from(frames.descriptors(frame).fds)
+            frames.descriptors(frame)
         case "state":
             _put_back(Capture.from_wire(frame))
         case "prepare":

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import time
+from pathlib import Path
 
 import pytest
 from harness import wait_for
@@ -13,8 +14,10 @@ from hostile_peer import HostileSource, Sent, enter, record
 
 from lazymig.demo.hosts import Host
 from lazymig.demo.moves import Daemon
+from lazymig.migrate.judge import Judge
 from lazymig.pb import descriptors_pb2, fdinfo_pb2, state_pb2
 from lazymig.process.vmas import Kind, Vma
+from lazymig.secure.policy import Policy, parse
 
 PAGE = 4096
 KERNEL = 0xFFFF_8000_0000_0000
@@ -470,3 +473,8 @@ def test_a_file_that_was_not_asked_for(target):
 
 def test_the_daemon_takes_a_sound_one_after_all_that(target):
     test_the_conversation_itself_is_sound(target)
+
+
+def test_files_are_copied_only_where_processes_of_root_may_come():
+    assert Judge(Policy()).allows_root()
+    assert not Judge(parse('[processes]\nuids = ["1000-1999"]\n', Path("policy"))).allows_root()

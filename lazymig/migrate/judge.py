@@ -102,7 +102,7 @@ class Judge:
 
     def allows_root(self) -> bool:
         """Whether processes of root's may come."""
-        return not _refusal(lambda: self.policy.check_ids((0,), ()))
+        return not list(_refusal(lambda: self.policy.check_ids((0,), ())))
 
     def layout(self, layout: Layout) -> None:
         """PolicyError."""
