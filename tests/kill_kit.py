@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import random
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +18,13 @@ from typing import Protocol
 from harness import Snapshot, settled, untouched, wait_for
 
 from lazymig.demo.hosts import Host
-from lazymig.demo.moves import Daemon, Migration
+from lazymig.demo.moves import COMMAND, INSECURE, Command, Daemon, Migration
 from lazymig.migrate.failures import DESTINATION_WHEN, SOURCE_WHEN, TABLE, Owner, When, Who
 from lazymig.migrate.states import Destination, Source
 
+# Processes that share a run's tests between them must have chosen the same ones.
+RUN = int(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"), 16) or random.SystemRandom().getrandbits(128)
+SEED = int(os.environ.get("LAZYMIG_SEED") or RUN % (1 << 32))
 UP_TO_COMMIT = (When.BEFORE, When.SENDING, When.TAKEN)
 _PIDFD_GETFD = 438
 _S, _D = Source, Destination
@@ -71,6 +77,15 @@ CASES = [
     if when in UP_TO_COMMIT
     for who in Who
     if there(who, state)
+]
+
+
+# After commit: the connection is gone, both are paused, and one of them ends. The connection itself is no case of it.
+PAUSED_CASES = [
+    Case(who, state)
+    for state in (_S.PAUSED, _D.PAUSED)
+    for who in Who
+    if there(who, state) and who is not Who.LINK
 ]
 
 
@@ -175,6 +190,73 @@ def run_case(
         if owner is not Owner.DESTINATION:
             assert set(move.codes()) & CODES[case.who], shown
     return owner
+
+
+SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "16M", "--link-timeout", "2s")
+
+
+def run_paused_case(
+    case: Case,
+    source: Host,
+    destination: Host,
+    program: Moving,
+    port: int,
+    check: Callable[[], object],
+) -> None:
+    """Cuts the connections after commit, ends one of them where it is paused, and asserts that all is completed.
+
+    By itself, or by what a person is told to do: start a daemon again, recover, abandon.
+    """
+    fault = {"LAZYMIG_FAULT": f"{case.host}:{case.state}:stop"}
+    env = (fault, None) if case.host == "source" else (None, fault)
+    pid = program.pid
+    with (
+        tempfile.TemporaryDirectory(prefix="lazymig-", ignore_cleanup_errors=True) as state,
+        contextlib.ExitStack() as daemons,
+    ):
+        listen = (destination.address, "--state-dir", state, "--link-timeout", "2s")
+        daemon = daemons.enter_context(Daemon(destination, *listen, port=port, env=env[1]))
+        with Migration(source, pid, daemon.to, *SLOWLY, env=env[0]) as running:
+            running.until("running", 60)
+            shut_down_connections(source.outer_pid(children(source, running.program.pid)[0]))
+            parties = stopped_parties(case, source, destination, daemon, running, pid)
+            end(case.who, parties, source, destination, pid)
+            stopped = Who.ENGINE if case.host == "source" else Who.WORKER
+            if case.who is not stopped:
+                (source if case.host == "source" else destination).kill(parties[stopped], signal.SIGCONT)
+            if case.who is Who.DAEMON:
+                daemons.enter_context(Daemon(destination, *listen, port=port))
+            if case.who is Who.COMMAND:
+                wait_for("the engine's end", lambda: not source.alive(parties[Who.ENGINE]), 60)
+            else:
+                move = running.finish(60)
+                expected = {Who.ENGINE: ["engine-lost"], Who.PROCESS: ["process-gone"]}.get(case.who, [])
+                assert (move.status, move.codes()) == (4 if expected else 0, expected), move.errors
+        if case.who is Who.ENGINE:
+            _order(source, "recover", _number(source, pid))
+        elif case.who is Who.PROCESS:  # nobody has its pages: a person ends it
+            assert state_of(destination, pid) in ("R", "S", "D")
+            where = ("--state-dir", state)
+            _order(destination, "abandon", "--yes", _number(destination, pid, *where), *where)
+        program.host = destination
+        if Owner.DESTINATION in case.owners and case.who is not Who.PROCESS:
+            check()
+            destination.kill(pid)
+        settled(source)
+        wait_for("the end of all keepers", lambda: not keepers(destination, 0), 20)
+
+
+def _number(host: Host, pid: int, *where: str) -> str:
+    listed = host.run([*COMMAND, "migrations", "--json", *where], check=True, cwd="/").stdout
+    (found,) = [m for m in map(json.loads, listed.splitlines()) if m["pid"] == pid]
+    return str(found["id"])
+
+
+def _order(host: Host, *words: str) -> None:
+    with Command(host, *words, *INSECURE, "--json") as command:
+        for _ in command.follow(60):
+            pass
+        assert command.program.wait(20) == 0, command.events
 
 
 def stopped_parties(case, source, destination, daemon, running, moved) -> dict[Who, int]:

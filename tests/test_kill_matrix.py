@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import goes_on
-from kill_kit import CASES, UP_TO_COMMIT, Case, run_case, there
+from kill_kit import CASES, PAUSED_CASES, SEED, UP_TO_COMMIT, Case, run_case, run_paused_case, there
 
 from lazymig.demo import hosts as isolated
 from lazymig.demo.writer import Writer
@@ -21,10 +21,7 @@ from lazymig.migrate import failures
 from lazymig.migrate.failures import DESTINATION_WHEN, SOURCE_WHEN, TABLE, Who
 from lazymig.migrate.states import Destination, Source
 
-# Processes that share a run's tests between them must have chosen the same ones.
-RUN = int(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"), 16) or random.SystemRandom().getrandbits(128)
-SEED = int(os.environ.get("LAZYMIG_SEED") or RUN % (1 << 32))
-SOME = 8
+SOME, SOME_PAUSED = 8, 2
 # Those that once went wrong: two owners, a frozen process that nobody had, and a lie about who has it.
 ALWAYS = [
     Case(Who.LINK, Destination.COMMITTING),
@@ -33,6 +30,9 @@ ALWAYS = [
 ]
 BY_CHANCE = random.Random(SEED).sample([c for c in CASES if c not in ALWAYS], SOME)
 CHOSEN = CASES if os.environ.get("LAZYMIG_CHAOS") else ALWAYS + BY_CHANCE
+PAUSED = (
+    PAUSED_CASES if os.environ.get("LAZYMIG_CHAOS") else random.Random(SEED).sample(PAUSED_CASES, SOME_PAUSED)
+)
 
 
 def test_the_document_shows_the_table():
@@ -66,6 +66,21 @@ def test_one_of_them_ends(both, tmp_path, case):
     writer = Writer(source, tmp_path / "writer", "--mib", "8", "--threads", "2", "--odd", "--shared")
     try:
         run_case(case, source, destination, writer, next(PORTS), lambda: goes_on(writer, 0.1))
+    finally:
+        for host in both:
+            if host.alive(writer.pid):
+                host.kill(writer.pid)
+
+
+@pytest.mark.parametrize("case", PAUSED, ids=str)
+def test_one_of_them_ends_while_paused(both, tmp_path, case):
+    print(f"LAZYMIG_SEED={SEED} chooses this case again")
+    source, destination = both
+    writer = Writer(
+        source, tmp_path / "writer", "--mib", "16", "--pages-per-tick", "1", "--log", "4096", "--churn"
+    )
+    try:
+        run_paused_case(case, source, destination, writer, next(PORTS), lambda: goes_on(writer, 0.1))
     finally:
         for host in both:
             if host.alive(writer.pid):

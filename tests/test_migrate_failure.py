@@ -245,7 +245,7 @@ def test_a_cut_link_before_commit(pair, request):
     """Nobody is told that the link is down; keepalives find out."""
     writer = busy(pair)
     before = Snapshot(pair.source, writer.pid)
-    with slow_move(pair, writer) as running:
+    with slow_move(pair, writer, "--link-timeout", "2s") as running:
         running.until("preflight", 30)
         time.sleep(0.7)
         pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)

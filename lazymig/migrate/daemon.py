@@ -78,6 +78,7 @@ class Daemon:
         self._options = options
         self._emit = on_event
         self._directory = options.state_directory
+        self._for_workers = {"directory": str(self._directory), "silence_s": options.link_timeout_s}
         self._incoming: dict[str, Incoming] = {}
         self._nursery: trio.Nursery
 
@@ -215,7 +216,7 @@ class Daemon:
         with socket.socket(fileno=os.dup(stream.socket.fileno())) as control:
             meta: Event = {"id": migration, "peer": channel.peer, "secret": secret}
             meta |= {"certificate": caller.certificate, "policy": (policy.path, policy.text)}
-            data = self._spawner.spawn({**meta, "directory": str(self._directory)}, control)
+            data = self._spawner.spawn({**meta, **self._for_workers}, control)
         incoming = self._incoming[migration] = Incoming(
             secret, channel.peer, data, certificate=caller.certificate
         )
@@ -283,8 +284,8 @@ class Daemon:
             registry.forget(self._directory, migration)
         elif (self._directory / f"{migration}.keeper").exists():
             fields = {k: v for k, v in found[0].items() if k not in ("id", "alive", "state")}
-            meta = {"id": migration, "pid": int(found[0]["pid"]), "directory": str(self._directory)}
-            incoming.data = self._spawner.spawn({**meta, "fields": fields})
+            meta = {"id": migration, "pid": int(found[0]["pid"])}
+            incoming.data = self._spawner.spawn({**meta, **self._for_workers, "fields": fields})
         elif found[0]["state"] == "done":
             incoming.state, incoming.report = "done", dict(found[0].get("report", {}))
         else:

@@ -26,7 +26,7 @@ from lazymig.migrate.capture import Capture
 from lazymig.migrate.channel import PATIENCE_S, Channel
 from lazymig.migrate.judge import Judge
 from lazymig.migrate.lazy_phase import Connection, LazyPhase
-from lazymig.migrate.options import Mode
+from lazymig.migrate.options import DEFAULT_LINK_TIMEOUT_S, Mode
 from lazymig.migrate.placement import anywhere, give_way, make_way, together
 from lazymig.migrate.registry import Entry, start_time
 from lazymig.migrate.states import (
@@ -76,6 +76,7 @@ class DestinationMigration:
         self.fault: socket.socket | None = None
         self._steps: dict[str, float] = {}
         self._phase: LazyPhase
+        self.silence_s = DEFAULT_LINK_TIMEOUT_S  # after commit
 
     @property
     def committed(self) -> bool:
@@ -340,6 +341,7 @@ class DestinationMigration:
                 self.control,
                 self.receivers,
             )
+            self._phase.silence_s = self.silence_s
             self._phase.mend = builder.skeleton.keeper.mend
             self._phase.note(self.entry)
 

@@ -15,6 +15,7 @@ import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.migrate.channel import Channel
+from lazymig.migrate.options import DEFAULT_LINK_TIMEOUT_S
 from lazymig.migrate.registry import Entry, is_abandoned, start_time
 from lazymig.migrate.states import LOST, OWN, Act, Destination, Machine
 from lazymig.uffd.lazy import LazyMemory
@@ -50,6 +51,7 @@ class LazyPhase:
         self.peer = control.peer if control is not None else ""
         self._entry: Entry | None = None
         self.mend: Callable[[], object] = lambda: None  # looks after the keeper, now and then
+        self.silence_s = DEFAULT_LINK_TIMEOUT_S  # a source that sends no page for so long is lost
 
     def note(self, entry: Entry) -> None:
         """Keeps ``entry`` up to date from now on."""
@@ -88,7 +90,14 @@ class LazyPhase:
             nursery.cancel_scope.cancel()
 
         async def progress() -> LazymigError:
+            left, since = lazy.remaining, trio.current_time()
             while True:
+                if lazy.remaining != left:
+                    left, since = lazy.remaining, trio.current_time()
+                elif trio.current_time() - since > self.silence_s:
+                    # Its host keeps the connections alive without it.
+                    silent = f"it sends no page for {self.silence_s:g} s"
+                    raise PeerLostError(silent, code="peer-stuck", subject=control.peer)
                 await trio.sleep(_PROGRESS_S)
                 self._look_after()
                 await control.send({"t": "progress", "left": lazy.remaining})

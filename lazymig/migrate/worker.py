@@ -30,7 +30,7 @@ from lazymig.migrate.registry import Entry
 from lazymig.migrate.session import first_error
 from lazymig.migrate.spawner import fds_of
 from lazymig.migrate.states import DESTINATION_AGAIN, DESTINATION_STEPS, Machine
-from lazymig.skeleton.keeper import Keeper, Listening, dial
+from lazymig.skeleton.keeper import Keeper, Listening, check_owner, dial
 from lazymig.uffd.lazy import LazyMemory
 from lazymig.uffd.record import LazyRecord
 from lazymig.uffd.uffd import Userfaultfd
@@ -98,6 +98,8 @@ class Worker:
                 listening.sock.setblocking(False)
                 with trio.socket.from_stdlib_socket(listening.sock.dup()) as listener:
                     sock, _ = await listener.accept()
+                    with socket.socket(fileno=os.dup(sock.fileno())) as twin:
+                        check_owner(twin, path)
         except (OSError, LazymigError):
             await trio.sleep_forever()  # the state directory is gone: nobody can find it again
         finally:
@@ -128,6 +130,7 @@ async def _receive(data: socket.socket, meta: Mapping[str, Any], control: socket
     limits = judge.policy.limits
     control_channel.bound(limits.frame, limits.attachment)
     migration = DestinationMigration(control_channel, links.connections, links.tell, entry, judge)
+    migration.silence_s = float(meta["silence_s"])
     links.committed = lambda: migration.committed
     await links.run(migration.run)
 
@@ -150,7 +153,7 @@ async def _take_over(data: socket.socket, meta: Mapping[str, Any]) -> None:
         lazy.start()
         machine = Machine("destination", DESTINATION_AGAIN, DESTINATION_STEPS)
         phase = LazyPhase(meta["pid"], lazy, machine, links.connections, links.tell, None, [])
-        phase.mend = keeper.mend
+        phase.mend, phase.silence_s = keeper.mend, float(meta["silence_s"])
         total = entry.fields.get("total")
         phase.note(entry)
         if total:

@@ -76,10 +76,21 @@ def dial(path: Path) -> socket.socket | None:
     try:
         with _short(path) as name:
             sock.connect(name)
+        check_owner(sock, path)
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         return None
+    except LazymigError:
+        sock.close()
+        raise
     return sock
+
+
+def check_owner(sock: socket.socket, path: Path) -> None:
+    """LazymigError ``unsafe-socket`` unless this user, or root, is at the other end."""
+    _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if uid not in (0, os.geteuid()):
+        raise LazymigError(f"user {uid} is at the other end", code="unsafe-socket", subject=str(path))
 
 
 class Keeper:

@@ -247,6 +247,15 @@ static int needed(void)
 	return 0;
 }
 
+/* The directory of LISTEN is its owner's only; this is for one that somebody opened to others since. */
+static int same_user(int fd)
+{
+	struct ucred peer;
+	socklen_t size = sizeof peer;
+
+	return !getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) && (peer.uid == 0 || peer.uid == geteuid());
+}
+
 static int serve(pid_t child);
 
 /* Waits for the end of the keeper at the other end of `from`, and goes on in its place. */
@@ -353,7 +362,7 @@ static int serve(pid_t child)
 		if (p[2].revents) {
 			int next = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 
-			if (next >= 0 && (connected || hand_over(next))) {
+			if (next >= 0 && (connected || !same_user(next) || hand_over(next))) {
 				close(next); /* there is a worker already */
 			} else if (next >= 0) {
 				control = next;
