@@ -6,6 +6,7 @@ that were left behind.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -33,11 +34,21 @@ _SAVED = ("pid", "host", "port", "streams", "bandwidth_limit", "link_timeout_s",
 _ASK_PAUSE_S = 0.2
 
 
-def save(entry: registry.Entry, options: MigrateOptions, secret: str) -> None:
-    """Puts what `ResumedMigration` needs into ``entry``: before the freeze, which has no time for it."""
-    kept = {name: getattr(options, name) for name in _SAVED}
-    entry.fields["options"] = {**kept, "mode": str(options.mode), "codec": str(options.codec)}
-    entry.fields["secret"] = secret
+def note(options: MigrateOptions, links: Links) -> registry.Entry | None:
+    """Makes a migration known to `lazymig migrations`, with all that `ResumedMigration` needs but the list of pages.
+
+    Before the freeze, which has no time for it. None where that cannot be: the migration does not depend on it.
+    """
+    with contextlib.suppress(LazymigError, OSError):
+        registry.forget_ended(registry.private_directory(registry.ENGINES))
+        where = {"peer": links.control.peer, "pid": options.pid, "start": registry.start_time(options.pid)}
+        entry = registry.Entry(registry.ENGINES, links.migration, role="source", **where)
+        kept = {name: getattr(options, name) for name in _SAVED}
+        entry.fields["options"] = {**kept, "mode": str(options.mode), "codec": str(options.codec)}
+        entry.fields["secret"] = links.secret
+        entry.set(state="rounds", mode=str(options.mode))
+        return entry
+    return None
 
 
 def save_pages(entry: registry.Entry, lazy: RangeSet) -> None:
@@ -51,7 +62,7 @@ def save_pages(entry: registry.Entry, lazy: RangeSet) -> None:
 
 
 def saved_options(entry: Event, wire: Wire) -> MigrateOptions:
-    """Those that `save` has put into an entry; ``wire`` is never written down."""
+    """Those that `note` has put into an entry; ``wire`` is never written down."""
     saved = {**entry["options"], "wire": wire}
     return MigrateOptions(**{**saved, "mode": Mode(saved["mode"]), "codec": Codec(saved["codec"])})
 

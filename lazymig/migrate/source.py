@@ -197,7 +197,7 @@ class SourceMigration:
             self.machine.to(Source.DONE)
             return {"event": "done", "dry_run": True, "pid": self.options.pid}
         await self.links.open_data(self.options)
-        self._note()
+        self.entry = resume.note(self.options, self.links)
         rehearse()
         self.senders = make_senders(self.options, self.links)
         if self.options.mode in (Mode.HYBRID, Mode.PRECOPY):
@@ -210,17 +210,6 @@ class SourceMigration:
             await self._send_layout()
         self.machine.to(Source.FREEZE)
         return await self._hand_over()
-
-    def _note(self) -> None:
-        """Makes this migration known to `lazymig migrations`."""
-        with contextlib.suppress(LazymigError, OSError):  # the migration itself does not depend on it
-            pid = self.options.pid
-            where = {"peer": self.links.control.peer, "pid": pid, "start": registry.start_time(pid)}
-            registry.forget_ended(registry.private_directory(registry.ENGINES))
-            self.entry = registry.Entry(registry.ENGINES, self.links.migration, role="source", **where)
-            # All but the list of pages is written now: the freeze has no time for it.
-            resume.save(self.entry, self.options, self.links.secret)
-            self.entry.set(state="rounds", mode=str(self.options.mode))
 
     async def _accepted(self, offer: offers.Offer) -> None:
         """Waits for the destination's word, shipping files that it lacks when that was asked for."""
