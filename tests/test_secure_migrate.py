@@ -8,6 +8,7 @@ import socket
 
 import msgpack
 import pytest
+import trio
 from harness import goes_on, judge, moved, refused, wait_for
 from secure_kit import Keys, doors, shows
 from test_commands import daemon, free_port
@@ -15,13 +16,16 @@ from test_commands import daemon, free_port
 from lazymig.demo.hosts import two_hosts
 from lazymig.demo.moves import Daemon, Migration, migrate
 from lazymig.demo.writer import Writer
+from lazymig.errors import LazymigError
 from lazymig.migrate.capture import Capture
-from lazymig.migrate.channel import VERSION, encode
+from lazymig.migrate.channel import VERSION, Channel, encode
 from lazymig.migrate.daemon import run_daemon
+from lazymig.migrate.destination import DestinationMigration
 from lazymig.migrate.judge import Judge
 from lazymig.migrate.options import DaemonOptions, OptionError
+from lazymig.migrate.registry import Entry
 from lazymig.pb import core_pb2, creds_pb2, state_pb2
-from lazymig.secure.policy import PolicyError
+from lazymig.secure.policy import Limits, Policy, PolicyError
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +217,29 @@ def test_a_lie_in_the_offer_is_found_at_the_freeze():
         with pytest.raises(PolicyError) as e:
             judge.descriptors(*those)
         assert e.value.code == code
+
+
+async def test_frames_and_time_until_commit_are_bounded(tmp_path):
+    judge = Judge(Policy(limits=Limits(seconds=1)))
+    ours, theirs = trio.socket.socketpair()
+    send, connections = trio.open_memory_channel(1)
+    with ours, send:
+        channel = Channel(trio.SocketStream(theirs), "peer")
+        entry = Entry(tmp_path, "number", role="destination")
+        migration = DestinationMigration(channel, connections, lambda _: None, entry, judge)
+        with trio.fail_after(15), pytest.raises(PolicyError) as e:
+            await migration.run()
+        assert e.value.code == "policy-seconds"
+        assert b"policy-seconds" in await ours.recv(4096)
+
+    for attached, code in ((b"", "policy-frame"), (bytes(99), "policy-attachment")):
+        ours, theirs = trio.socket.socketpair()
+        with ours:
+            channel = Channel(trio.SocketStream(theirs), "peer")
+            channel.bound(None if attached else 32, 64)
+            await ours.send(encode({"t": "ping"}) + encode({"t": "ping", "more": "x" * 64}, attached))
+            assert await channel.receive() == ({"t": "ping"}, b"")
+            with pytest.raises(LazymigError) as e:
+                await channel.receive()
+            assert e.value.code == code
+            await channel.aclose()

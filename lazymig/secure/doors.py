@@ -111,7 +111,11 @@ def _serve(requests: socket.socket, credentials: Credentials) -> None:
         data, fds, _, _ = socket.recv_fds(requests, _MESSAGE, 3)
         if not data:
             return
-        if os.fork() == 0:
+        try:
+            child = os.fork()
+        except OSError:  # no room for one more process: whoever asked is told that there is no door
+            child = -1
+        if child == 0:
             try:
                 requests.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
