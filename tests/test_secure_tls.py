@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
+import threading
 import time
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ from secure_kit import Keys, doors, shake, tcp_pair
 from lazymig.secure.tls import TlsError
 
 HERE = "127.0.0.1"
+_RECORD = 16384
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +210,38 @@ def test_a_writer_that_found_no_room_learns_of_the_end(ends):
     a.settimeout(20)
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
         fill(a)
+
+
+def test_what_came_before_a_connection_broke_is_delivered(both, keys):
+    """A peer that ends amid a record, when the reader has room for only a part of what came before."""
+    context = ssl.create_default_context(cafile=keys["source"].ca)
+    context.load_cert_chain(keys["source"].cert, keys["source"].key)
+    data = os.urandom(700_000)
+    a, b = tcp_pair()
+
+    def peer():
+        come, go = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(come, go, server_hostname=HERE)
+        with a:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    a.sendall(go.read())
+                    come.write(a.recv(1 << 16))
+            tls.write(data)
+            a.sendall(go.read()[:-100])
+
+    t = threading.Thread(target=peer)
+    t.start()
+    with b:
+        plain, *_ = both[1].open(b, server=True)
+    with plain:
+        t.join(1)
+        plain.settimeout(20)
+        assert everything(plain) == data[: len(data) // _RECORD * _RECORD]
+    t.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

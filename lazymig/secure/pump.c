@@ -38,7 +38,8 @@ typedef struct {
 	bool tls_ended;     /* the peer will say no more */
 	bool told_end;      /* close_notify and FIN are out */
 	bool passed_end;    /* the plain side has been told of the peer's end */
-	bool broken;        /* the TLS connection is of no use any more */
+	bool failed;        /* nothing more can be read from the TLS connection, nor written to it */
+	bool notified;      /* close_notify is made */
 	bool tcp_dead;      /* an error waits in the TCP socket, behind bytes that the plain side has no room for */
 	short tcp_wants;    /* what to wait for */
 	short plain_wants;
@@ -46,7 +47,8 @@ typedef struct {
 	bool more;          /* there was progress: look again before waiting */
 } pump;
 
-static void wants(pump *p, int ret)
+/* Notes what a call that did not succeed waits for; true when it waits in vain. */
+static bool fatal(pump *p, int ret)
 {
 	switch (SSL_get_error(p->t->ssl, ret)) {
 	case SSL_ERROR_WANT_READ:
@@ -59,14 +61,14 @@ static void wants(pump *p, int ret)
 		p->tls_ended = true;
 		break;
 	default:
-		p->broken = true;
+		return true;
 	}
+	return false;
 }
 
 /* Nothing that is written arrives any more. What the peer said last may still be there to read: often the reason. */
 static void unheard(pump *p)
 {
-	p->broken = false;
 	p->plain_ended = p->told_end = true;
 	p->out.at = p->out.end;
 	p->unflushed = false;
@@ -97,13 +99,22 @@ static void outwards(pump *p)
 		ERR_clear_error();
 		ret = SSL_write_ex(p->t->ssl, p->out.data + p->out.at, p->out.end - p->out.at, &n);
 		if (ret != 1) {
-			wants(p, ret);
-			if (p->broken)
+			if (fatal(p, ret))
 				unheard(p);
 			return;
 		}
 		p->out.at += n;
 		p->unflushed = p->more = true;
+	}
+	if (p->plain_ended && p->out.at == p->out.end && !p->notified) {
+		ERR_clear_error();
+		ret = SSL_shutdown(p->t->ssl); /* close_notify; 0: the peer's is still to come */
+		if (ret < 0) {
+			if (fatal(p, ret))
+				unheard(p);
+			return;
+		}
+		p->notified = p->unflushed = true;
 	}
 	if (p->unflushed) {
 		ERR_clear_error();
@@ -116,15 +127,7 @@ static void outwards(pump *p)
 		}
 		p->unflushed = false;
 	}
-	if (p->plain_ended && p->out.at == p->out.end && !p->told_end) {
-		ERR_clear_error();
-		ret = SSL_shutdown(p->t->ssl); /* close_notify; 0: the peer's is still to come */
-		if (ret < 0) {
-			wants(p, ret);
-			if (p->broken)
-				unheard(p);
-			return;
-		}
+	if (p->notified) {
 		shutdown(p->t->fd, SHUT_WR);
 		p->told_end = true;
 		p->more = true;
@@ -145,7 +148,9 @@ static void inwards(pump *p)
 			ERR_clear_error();
 			ret = SSL_read_ex(p->t->ssl, p->in.data + p->in.end, ROOM - p->in.end, &n);
 			if (ret != 1) {
-				wants(p, ret);
+				/* What was read before is still delivered. */
+				if (fatal(p, ret))
+					p->tls_ended = p->failed = true;
 				break;
 			}
 			p->in.end += n;
@@ -157,9 +162,9 @@ static void inwards(pump *p)
 			p->in.at += (size_t)sent;
 			p->tcp_dead = false;
 			p->more = true;
-		} else if (errno == EAGAIN) {
+		} else if (errno == EAGAIN || errno == EINTR) {
 			p->plain_wants |= POLLOUT;
-		} else if (errno != EINTR) {
+		} else {
 			p->plain_gone = true;
 		}
 	}
@@ -187,11 +192,11 @@ static void run(pump *p)
 
 		p->more = false;
 		p->tcp_wants = p->plain_wants = 0;
-		if (!p->told_end)
+		if (!p->told_end && !p->failed)
 			outwards(p);
-		if (!p->passed_end && !p->plain_gone && !p->broken)
+		if (!p->passed_end && !p->plain_gone)
 			inwards(p);
-		if (p->broken || (p->told_end && (p->passed_end || p->plain_gone)))
+		if ((p->told_end || p->failed) && (p->passed_end || p->plain_gone))
 			return;
 		if (p->more)
 			continue;
@@ -201,7 +206,7 @@ static void run(pump *p)
 				return;
 			wait = 1000;
 		}
-		f[0] = (struct pollfd){p->tcp_dead ? -1 : p->t->fd, p->tcp_wants, 0};
+		f[0] = (struct pollfd){p->tcp_dead || p->failed ? -1 : p->t->fd, p->tcp_wants, 0};
 		/* Once nothing is expected of the plain end its hang-up would only be told again and again. */
 		f[1] = (struct pollfd){p->plain_gone ? -1 : p->plain, p->plain_wants, 0};
 		if (poll(f, 2, wait) < 0 && errno != EINTR)
@@ -210,7 +215,7 @@ static void run(pump *p)
 			p->plain_gone = true; /* both directions: nobody is there to hear any more */
 		if (f[0].revents & (POLLERR | POLLHUP)) {
 			p->tcp_dead = p->in.at < p->in.end;
-			p->broken |= p->passed_end || p->plain_gone;
+			p->failed |= p->passed_end || p->plain_gone;
 		}
 	}
 }
@@ -256,7 +261,7 @@ void lm_tls_pump(lm_tls *t, int plain)
 	shutdown(plain, SHUT_RDWR);
 	/* What the peer says to somebody who is gone is answered as the kernel would: by a reset. */
 	if (!p.told_end || p.in.at < p.in.end || SSL_has_pending(t->ssl)) {
-		if (p.told_end && !p.broken)
+		if (p.told_end && !p.failed)
 			last_words(t->fd);
 		setsockopt(t->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
 	}
