@@ -9,6 +9,7 @@ Exit status: 0; 1 when a byte was wrong or a move failed, or a limit is exceeded
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,4 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever ends it so gets what was found so far, too, and no directory is left.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())
