@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from harness import Snapshot, descriptors, goes_on, moved, settled, untouched, wait_for
@@ -225,6 +226,10 @@ def test_a_process_that_ends_while_nobody_serves_it(pair):
         pair.daemon = daemon
         with pair.start_move(writer.pid, *SLOWLY) as running:
             half_way(pair, writer, running)
+            entries = Path(state[1]).glob
+            wait_for(
+                "the note that it runs", lambda: any('"running"' in p.read_text() for p in entries("*.json"))
+            )
             for pid in (daemon.program.pid, *parts(pair)["worker"]):
                 pair.destination.kill(pid)
             pair.destination.kill(writer.pid)
@@ -399,10 +404,11 @@ def test_another_address_by_hand(pair):
         with Daemon(pair.destination, pair.destination.address, *state, port=7078) as pair.daemon:
             running = pair.start_move(writer.pid, *SLOWLY)
             half_way(pair, writer, running)
-            number = ours(pair, writer)
+            pair.source.run(["ss", "-t", "-K", "dst", ":7078"], check=True)
             pair.daemon.stop()
-        pair.source.run(["ss", "-t", "-K", "dst", ":7078"], check=True)
+        pair.source.run(["ss", "-t", "-K", "dst", ":7078"], check=True)  # it may have dialled again
         running.until("paused", 30)
+        number = ours(pair, writer)
         with (
             running,
             Daemon(pair.destination, pair.destination.address, *state, port=7079) as pair.daemon,
@@ -419,7 +425,7 @@ def test_the_destination_is_told_to_give_up(pair):
     with (
         state_directory() as state,
         Daemon(pair.destination, pair.destination.address, *state, *BOUND, port=7078) as pair.daemon,
-        pair.start_move(writer.pid, *SLOWLY, "--bandwidth-limit", "4M") as running,
+        pair.start_move(writer.pid, *SLOWLY, "--bandwidth-limit", "2M") as running,
     ):
         half_way(pair, writer, running)
         number = ours(pair, writer)
@@ -449,9 +455,9 @@ def test_the_source_is_told_to_give_up(pair):
     before = Snapshot(pair.source, writer.pid)
     with pair.start_move(writer.pid, *SLOWLY) as running:
         half_way(pair, writer, running)
-        number = ours(pair, writer)
         pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)
         running.until("paused", 30)
+        number = ours(pair, writer)
         assert ordered(pair.source, "abandon", number, "--wake")["woken"]
         move = running.finish(60)
         assert (move.status, move.codes()) == (1, ["abandoned"])
