@@ -154,7 +154,7 @@ def test_layers_and_pages_that_stay_at_the_source(two_hosts, tmp_path):
     source, destination = two_hosts
     keys = Keys(tmp_path / "keys", source.address, destination.address)
     ours, theirs = shows(keys["source"]), shows(keys["destination"])
-    program = Writer(source, tmp_path / "writer", "--mib", "64", "--pattern", "hot")
+    program = Writer(source, tmp_path / "writer", "--mib", "64", "--pages-per-tick", "1", "--tick-us", "1000")
     ok(command(source, "predump", program.pid, "-D", tmp_path / "0"))
     ok(command(source, "predump", program.pid, "-D", tmp_path / "1", "--parent", "../0"))
     with serving(source, program, tmp_path / "2", "--parent", "../1", *ours) as running:

@@ -307,7 +307,7 @@ def test_ranges_say_what_pages_would(tmp_path_factory, chain, wanted):
 
 
 HUGE = """
-import sys, resource
+import sys
 from pathlib import Path
 from lazymig.images.pagemap import LayerReader
 from lazymig.kernel.ranges import RangeSet
@@ -315,7 +315,7 @@ reader = LayerReader(Path(sys.argv[1]), 5)
 base = 0x2000_0000_0000
 found = reader.resolve(RangeSet.span(base, base + (1 << 40)))
 print(found.eager.size, found.local.size, found.lazy.size, found.hole.size, len(found),
-      sum(f.n for f in found.files()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+      sum(f.n for f in found.files()), int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))
 """
 
 

@@ -24,10 +24,10 @@ from lazymig.arch import SYS
 from lazymig.errors import UNSOUND, LazymigError, ProtocolError, Refusal, RefusedError, told, unsound
 from lazymig.kernel.batch import Batch, Call, Steps
 from lazymig.pb import descriptors_pb2, fdinfo_pb2, remap_file_path_pb2
-from lazymig.process import capabilities
+from lazymig.process import capabilities, file_locks
 from lazymig.process.fd_memfd import fill_memfd, make_memfd, memfd_name, seal, take_memfd
 from lazymig.process.fd_reg import DELETED, fill_ghost, ghost_key, make_ghost, take_ghost
-from lazymig.process.fdinfo import FL_FLOCK, FL_OFDLCK, FL_POSIX, FdInfo
+from lazymig.process.fdinfo import FdInfo
 from lazymig.process.fdkind import (
     F_OWNER_PID,
     F_OWNER_TID,
@@ -64,8 +64,6 @@ TcpPolicy = Literal["refuse", "close"]
 CONTENT_LIMIT = 64 << 20  # bytes of nameless content that may travel inside the freeze
 MAX_FD = 1 << 20
 FD_CLOEXEC = 1
-F_OFD_SETLK = 37
-CALLS_AT_ONCE = 64
 
 _ANON = {
     "anon_inode:[io_uring]": "an io_uring",
@@ -400,7 +398,7 @@ class DescriptorRestorer:
         for entry, kind in self._entries(ctx):
             yield from kind.install(b, entry, fds, ctx)
             yield from _own(b, kind, entry, fds[entry.id][0], ctx)
-        yield from _lock(b, fds, ctx)
+        yield from file_locks.restore(b, fds, ctx)
         self.warnings += ctx.warnings
         ctx.warnings = []
 
@@ -572,34 +570,3 @@ def _own(b: Batch, kind: Kind, entry: fdinfo_pb2.file_entry, fd: int, ctx: Resto
         yield
         for call in todo:
             call.check("fcntl", ctx.subject(entry.id, "owner"))
-
-
-def _lock(b: Batch, fds: Mapping[int, list[int]], ctx: RestoreContext) -> Steps[None]:
-    """File locks. On one kernel with the source, its frozen process still has them: they come free with it."""
-    locks = [lock for lock in ctx.dump.lock if lock.file in fds]
-    for start in range(0, len(locks), CALLS_AT_ONCE):
-        made: list[tuple[Call, descriptors_pb2.FileLock]] = []
-        for lock in locks[start : start + CALLS_AT_ONCE]:
-            h, fd = lock.head, fds[lock.file][0]
-            if h.flag == FL_FLOCK:
-                how = fcntl.LOCK_EX if h.type else fcntl.LOCK_SH
-                made.append((b.call(SYS.flock, fd, how | fcntl.LOCK_NB), lock))
-            elif h.flag in (FL_POSIX, FL_OFDLCK):
-                kind = fcntl.F_WRLCK if h.type else fcntl.F_RDLCK
-                arg = b.put(struct.pack("hhqqi4x", kind, os.SEEK_SET, h.start, h.len, 0))
-                command = fcntl.F_SETLK if h.flag == FL_POSIX else F_OFD_SETLK
-                made.append((b.call(SYS.fcntl, fd, command, arg), lock))
-            else:
-                raise ProtocolError("no such lock")
-        yield
-        for call, lock in made:
-            subject = ctx.subject(lock.file, "file lock")
-            if call.ret in (-errno.EAGAIN, -errno.EACCES):
-                if not ctx.same_kernel:
-                    hint = "another program has locked the file at the destination"
-                    raise DescriptorError(
-                        "its lock cannot be had", subject=subject, code="fd-lock", hint=hint
-                    )
-                ctx.warnings.append(f"{subject}: its lock is still held, by the original or another program")
-            else:
-                call.check("locking", subject)

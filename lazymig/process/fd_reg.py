@@ -16,8 +16,7 @@ from functools import partial
 
 from lazymig.errors import ProtocolError
 from lazymig.pb import descriptors_pb2, fdinfo_pb2, fown_pb2, regfile_pb2, remap_file_path_pb2
-from lazymig.process import content
-from lazymig.process.fdinfo import FL_LEASE
+from lazymig.process import content, file_locks
 from lazymig.process.fdkind import (
     MAX_PATH,
     O_ASYNC,
@@ -224,13 +223,7 @@ class RegularFile(Kind):
             return
         fill(entry.reg, f, name, ctx)
         entry.reg.id = entry.id
-        for lock in f.info.locks():
-            if lock.kind == FL_LEASE:
-                ctx.refuse(f, "it holds a lease", code="fd-lock", hint="leases are not moved yet")
-            elif ctx.once("lock", (entry.id, lock)):
-                row = ctx.out.lock.add(file=entry.id)
-                row.head.flag, row.head.type, row.head.pid = lock.kind, int(lock.write), ctx.src.nspid
-                row.head.fd, row.head.start, row.head.len = f.fd, lock.start, lock.length
+        file_locks.dump(f, entry.id, ctx)
 
     def _movable(self, f: OpenFile, entry: fdinfo_pb2.file_entry, ctx: DumpContext) -> bool:
         mode, device = f.row.mode, f.row.rdev

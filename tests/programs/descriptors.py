@@ -178,7 +178,8 @@ def check_events() -> None:
     value = ctypes.create_string_buffer(32)
     call("timerfd_gettime", far_timer, value)
     left = struct.unpack("llll", value.raw)[2]
-    out.check(abs(left - (far_at - time.monotonic())) < 2, f"the far timerfd has {left} s left")
+    # It stands still while the process does: for as long as images are written and read.
+    out.check(abs(left - (far_at - time.monotonic())) < 30, f"the far timerfd has {left} s left")
     os.kill(os.getpid(), signal.SIGUSR1)
     out.check(struct.unpack_from("I", os.read(signals, 128))[0] == signal.SIGUSR1, "signalfd")
     (watched / "new").write_text("")
