@@ -267,7 +267,6 @@ class DestinationMigration:
 
     async def _prepare(self, frame: dict[str, Any]) -> None:
         builder = self._built
-        self.machine.to(Destination.PREPARING)
         together(builder.skeleton.tids, [r.thread_id for r in self.receivers])
         t = [time.perf_counter()]
 
@@ -281,6 +280,7 @@ class DestinationMigration:
         step("descriptors")
         frame, _ = self.control.expect_now("state")
         step("wait for state")
+        self.machine.to(Destination.PREPARING)
         captured = Capture.from_wire(frame)
         with unsound("a state"):
             self._judge.state(captured)
