@@ -12,7 +12,7 @@ SMALL_VMA = 8 << 20  # pages of smaller VMAs are rather sent in the freeze: a pr
 # Locked memory must not be missing; the kernel drops droppable pages and wipes others on fork behind our back.
 _NEVER_LAZY = {"lo", "dp", "wf"}
 EAGER_BUDGET = 256  # pages that may be so
-_FEW = 2 << 20  # bytes of pages that go with the prepare frame: no thread has to wake up for them
+_FEW = 128 << 10  # bytes of pages that go with the prepare frame: no thread has to wake up for them
 
 
 def classify(layout: Layout, pages: RangeSet) -> list[tuple[RangeSet, int]]:

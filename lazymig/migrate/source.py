@@ -58,6 +58,7 @@ from page_server.sender import BulkSender
 from page_server.source import PageSource, SourceStats
 
 Event = dict[str, Any]
+_SOME = 4 << 20  # bytes that may be sent in the freeze without a thread
 _FREEZE_TRIES = 20
 _THAW_S = 0.01
 _PASSING = {"fd-content"}  # reasons that a process that runs on removes by itself
@@ -438,8 +439,12 @@ class SourceMigration:
         self.links.control.send_now(frame, b"".join([*lists, few or b""]))
         step("send")
         if few is None:
-            await self._send_parts(self._seq, classify(self.target.layout, eager))
-            step("eager")
+            parts = classify(self.target.layout, eager)
+            if eager.size <= _SOME and len(self.senders) == 1:
+                self._bulk_bytes += self.senders[0].send_now(self._seq, parts).bytes_wire
+            else:
+                await self._send_parts(self._seq, parts)
+        step("eager")
         self.pages = PageSource(self.options.pid, self.links.fault, self.senders)
         self.pages.start(lazy)
         if self._last_drop:
