@@ -107,12 +107,22 @@ class Batch:
     """Collects calls, with their arguments' data, in a slice of a region; ``run`` makes a thread do them."""
 
     def __init__(
-        self, region: Region, tid: int, regs: bytes, *, offset: int, size: int, max_calls: int = 256
+        self,
+        region: Region,
+        tid: int,
+        regs: bytes,
+        *,
+        offset: int,
+        size: int,
+        max_calls: int = 256,
+        settle: int | None = None,
     ) -> None:
+        """``settle``: the thread's signal mask, when it is to be as it was after each run; it has ``regs`` then."""
         self.region = region
         self.tid = tid
         self.regs = regs
         self.max_calls = max_calls
+        self.settle = settle
         self._table = offset
         self._data = offset + (max_calls + 1) * _CALL_SIZE
         self._end = offset + size
@@ -234,6 +244,7 @@ def run_batches(batches: Sequence[Batch], timeout_ns: int = ptrace.STOP_TIMEOUT_
     runners = ffi.new("lm_runner[]", len(todo))
     for r, b in zip(runners, todo, strict=True):
         r.tid, regs, r.table = b._prepare()
+        r.settle, r.mask = b.settle is not None, b.settle or 0
         ffi.memmove(ffi.addressof(r, "regs"), regs, len(regs))
     result = lib.lm_run_batches(runners, len(todo), todo[0].region.code, timeout_ns)
     ptrace.check(result, "running system calls inside it", f"thread {todo[0].tid}")

@@ -56,8 +56,9 @@ class PrivateRegion:
 class Injection:
     """Context in which system calls are run in stopped threads; on leaving it they are as they were.
 
-    ``threads`` are the states read at the stop. Their signals are blocked meanwhile, since a signal that is
-    delivered in between would run a handler with our registers.
+    ``threads`` are the states read at the stop. Each run leaves them as they were, but for the area: this process may
+    be killed at any moment, and they run on from where they stand. Only while a call runs in them (some ten
+    microseconds) that would be their end.
     """
 
     def __init__(self, pid: int, threads: list[ThreadState], gadget: int) -> None:
@@ -65,12 +66,9 @@ class Injection:
         self.gadget = gadget
         self.threads = threads
         self.region: PrivateRegion | None = None
-        self._stepped = False
         self.leave_with: dict[int, bytes] = {}  # registers to leave a thread with, where not its own
 
     def __enter__(self) -> Self:
-        for t in self.threads:
-            ptrace.set_sigmask(t.tid, ptrace.ALL_SIGNALS)
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -79,8 +77,10 @@ class Injection:
     def step(self, call: str, nr: int, *args: int) -> int:
         """One system call in the main thread; raises SyscallError naming ``call``."""
         main = self.threads[0]
-        self._stepped = True
+        # Signals wait meanwhile: a handler would run with these registers.
+        ptrace.set_sigmask(main.tid, ptrace.ALL_SIGNALS)
         ret = ptrace.step_syscall(main.tid, main.regs, self.gadget, nr, *args)
+        ptrace.settle(main.tid, main.regs, main.sigmask)
         if -4096 < ret < 0:
             raise SyscallError(call, -ret, subject=f"pid {self.pid}")
         return ret
@@ -99,7 +99,9 @@ class Injection:
         made, offset = [], 256
         for i, t in enumerate(self.threads):
             size, calls = (size_each, max_calls) if i else (size_main, max_calls_main)
-            made.append(Batch(region, t.tid, t.regs, offset=offset, size=size, max_calls=calls))
+            made.append(
+                Batch(region, t.tid, t.regs, offset=offset, size=size, max_calls=calls, settle=t.sigmask)
+            )
             offset += size
         return made
 
@@ -108,9 +110,6 @@ class Injection:
         if self.region is not None:
             region, self.region = self.region, None
             self.step("munmap", SYS.munmap, region.base, region.size)
-        if self._stepped:
-            self._stepped = False
-            ptrace.unstep(self.threads[0].tid)
         for t in self.threads:
             if t.rseq_cs:
                 # Running elsewhere made the kernel clear the critical section; the thread is still in it.

@@ -324,6 +324,39 @@ lm_result lm_enter_batch(int32_t tid, const lm_regs *base, uint64_t blob, uint64
 	return of_ptrace(ptrace(PTRACE_SETREGS, tid, 0, &r));
 }
 
+static int put_back(int32_t tid, const lm_regs *regs, uint64_t mask)
+{
+	if (ptrace(PTRACE_SETREGS, tid, 0, regs) == -1 || ptrace(PTRACE_SETSIGMASK, tid, sizeof mask, &mask) == -1)
+		return errno;
+	return 0;
+}
+
+lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns)
+{
+	lm_result r = lm_unstep(tid, timeout_ns);
+
+	if (!r.err)
+		r.err = put_back(tid, regs, mask);
+	return r;
+}
+
+/* All at once: each has a stop to wait for. */
+static void settle_all(lm_runner *runners, uint64_t n, uint64_t deadline)
+{
+	for (uint64_t i = 0; i < n; i++)
+		if (runners[i].settle && !runners[i].err &&
+		    (ptrace(PTRACE_INTERRUPT, runners[i].tid, 0, 0) == -1 || ptrace(PTRACE_CONT, runners[i].tid, 0, 0) == -1))
+			runners[i].err = errno;
+	for (uint64_t i = 0; i < n; i++) {
+		lm_runner *r = &runners[i];
+
+		if (r->settle && !r->err)
+			r->err = wait_interrupted(r->tid, deadline);
+		if (r->settle && !r->err)
+			r->err = put_back(r->tid, &r->regs, r->mask);
+	}
+}
+
 lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t timeout_ns)
 {
 	uint64_t deadline = now_ns() + timeout_ns, done = 0;
@@ -334,7 +367,9 @@ lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t
 		memcpy(&r, &runners[i].regs, sizeof r);
 		lm_arch_enter_blob(&r, blob, runners[i].table);
 		runners[i].err = 0;
-		if (ptrace(PTRACE_SETREGS, runners[i].tid, 0, &r) == -1 ||
+		/* Signals wait meanwhile: a handler would run with these registers. */
+		if ((runners[i].settle && lm_set_sigmask(runners[i].tid, ~0ull).err) ||
+		    ptrace(PTRACE_SETREGS, runners[i].tid, 0, &r) == -1 ||
 		    ptrace(PTRACE_CONT, runners[i].tid, 0, 0) == -1)
 			runners[i].err = errno;
 	}
@@ -342,6 +377,9 @@ lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t
 		uint64_t now = now_ns();
 		if (!runners[i].err)
 			runners[i].err = wait_trap(runners[i].tid, deadline > now ? deadline - now : 0);
+	}
+	settle_all(runners, n, deadline);
+	for (uint64_t i = 0; i < n; i++) {
 		if (!runners[i].err)
 			done++;
 		else if (!err)

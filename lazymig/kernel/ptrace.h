@@ -22,6 +22,8 @@ typedef struct {
 	int32_t err;
 	uint64_t table; /* address of the first lm_call in the thread's own memory */
 	lm_regs regs;   /* the registers it has otherwise */
+	uint64_t settle; /* whether it has them again afterwards, with this signal mask; see lm_settle */
+	uint64_t mask;
 } lm_runner;
 
 lm_result lm_seize(int32_t tid, uint64_t options);
@@ -55,6 +57,11 @@ lm_result lm_step_syscall(int32_t tid, const lm_regs *base, uint64_t gadget, lm_
  * kernel lets go of it then without clearing the trap flag.
  */
 lm_result lm_unstep(int32_t tid, uint64_t timeout_ns);
+/*
+ * Gives a thread that has stopped after a step or a batch its own registers and signal mask back. A tracer may be killed
+ * at any moment, and the thread then runs on from where it stands: amid what it was made to do, it would die of it.
+ */
+lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns);
 /* Runs all the batches at once and waits for every one. `done` counts the good ones; `err` is the first error. */
 lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t timeout_ns);
 /* Reads or writes another process's memory, whole or not at all (done: bytes). */

@@ -171,7 +171,7 @@ def wait_stop(tid: int, timeout_ns: int = STOP_TIMEOUT_NS) -> int:
 def step_syscall(tid: int, regs: bytes, gadget: int, nr: int, *args: int) -> int:
     """One system call in a stopped thread, by a step over the ``syscall`` at ``gadget``; its raw result.
 
-    The thread's registers are not put back: the caller does when it has finished with the thread.
+    The thread's registers are not put back: the caller does (`settle`).
     """
     call = ffi.new("lm_call *", {"nr": nr, "args": [a & ALL_SIGNALS for a in args]})
     r = lib.lm_step_syscall(tid, regs_cdata(regs), gadget, call, STOP_TIMEOUT_NS)
@@ -179,9 +179,9 @@ def step_syscall(tid: int, regs: bytes, gadget: int, nr: int, *args: int) -> int
     return int(call.ret)
 
 
-def unstep(tid: int) -> None:
-    """Ends stepping in a stopped thread: else it would get a SIGTRAP if this tracer were killed."""
-    check(lib.lm_unstep(tid, STOP_TIMEOUT_NS), "PTRACE_INTERRUPT", f"thread {tid}")
+def settle(tid: int, regs: bytes, mask: int) -> None:
+    """After a step: gives the thread its registers and signal mask back, so that this tracer may be killed."""
+    check(lib.lm_settle(tid, regs_cdata(regs), mask, STOP_TIMEOUT_NS), "PTRACE_INTERRUPT", f"thread {tid}")
 
 
 def stop_seized(tid: int, timeout_ns: int = STOP_TIMEOUT_NS) -> None:
