@@ -21,7 +21,7 @@ from lazymig.demo.moves import COMMAND, INSECURE, Command, Daemon
 from lazymig.migrate.channel import encode
 
 BOUND = ("--link-timeout", "2s")
-SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "16M", *BOUND)
+SLOWLY = ("--mode", "postcopy", "--bandwidth-limit", "6M", *BOUND)
 
 
 def by_chance(test):
@@ -37,7 +37,7 @@ def some(*choices):
 
 def lazy_writer(pair, *options):
     """A writer that needs few of its pages, so that many are missing for long."""
-    return pair.writer("--mib", "32", "--pages-per-tick", "1", "--log", "4096", *options)
+    return pair.writer("--mib", "32", "--pages-per-tick", "1", "--tick-us", "1000", "--log", "4096", *options)
 
 
 def finished(pair, writer, running):
@@ -356,7 +356,7 @@ def test_children_are_taken_over_too(pair):
     out = pair.tmp / "out"
     program = pair.source.popen([sys.executable, "-c", FORKING, str(out)], stdout=DEVNULL, stderr=DEVNULL)
     wait_for("the program", out.exists)
-    with pair.start_move(program.pid, *SLOWLY, "--bandwidth-limit", "8M") as running:
+    with pair.start_move(program.pid, *SLOWLY, "--bandwidth-limit", "3M") as running:
         running.until("running", 60)
         pair.destination.kill(program.pid, signal.SIGUSR1)
         wait_for("the fork", lambda: "forked" in out.read_text())
