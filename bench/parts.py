@@ -15,7 +15,10 @@ from pathlib import Path
 
 from lazymig.demo.hosts import Host
 
-INTERVAL_S = 0.02
+SHORT_S, LONG_S = 0.02, 0.1
+_LARGE_MIB = (
+    1024  # moves that take seconds: looking fifty times a second slows the process that moves by some percent
+)
 _PEAK_EVERY = 2  # looks at threads for one at memory: the peak only ever grows
 
 
@@ -33,9 +36,13 @@ Naming = Callable[[Host, int], str]
 
 
 class Parts:
-    """Watches the programs of a tool while a block runs. ``moved``: the pid of the process that moves, left out."""
+    """Watches the programs of a tool while a block runs.
 
-    def __init__(self, source: Host, destination: Host, moved: int, naming: Naming) -> None:
+    ``moved``: the pid of the process that moves, left out; ``mib``: how large it is.
+    """
+
+    def __init__(self, source: Host, destination: Host, moved: int, naming: Naming, mib: int = 0) -> None:
+        self._interval = LONG_S if mib >= _LARGE_MIB else SHORT_S
         self._hosts = (source, destination)
         self._moved, self._naming = moved, naming
         self._seen: dict[tuple[str, int], Seen] = {}
@@ -69,7 +76,7 @@ class Parts:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         turn = 0
-        while not self._stop.wait(INTERVAL_S):
+        while not self._stop.wait(self._interval):
             turn += 1
             self._look(peaks=turn % _PEAK_EVERY == 0)
 

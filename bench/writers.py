@@ -77,7 +77,7 @@ def _by_lazymig(p: Place, s: Scenario, writer: Writer, make_room: Callable[[], N
         before = p.wire_bytes()
         make_room()
         began = time.time_ns()
-        with Parts(p.source, p.destination, writer.pid, lazymig_part) as parts:
+        with Parts(p.source, p.destination, writer.pid, lazymig_part, s.mib) as parts:
             words = ("--mode", s.mode, *s.options)
             to = f"{host}:{port}"
             move = migrate(p.source, writer.pid, to, *words, timeout=200, wire=protection, env=env)
