@@ -1,6 +1,9 @@
 """A pytest plugin for continuous integration: whoever skips a test has not tested it, so a skip is a failure.
 
 ``pytest -p tests.strict``
+
+The suite has no test that may be skipped (test_repo.test_nothing_unfinished). What is named here is pytest's word for
+a report that this plugin turns into a failure.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def test_no_path_of_a_particular_machine():
 
 
 def test_nothing_unfinished():
+    # These words are what is looked for: no other file of code may hold them.
     marks = re.compile(r"\b(?:TODO|FIXME|XXX)\b|pytest\.(?:mark\.)?(?:skip|xfail)")
     this = Path(__file__).resolve()
     found = [p.name for p in CODE if p != this and marks.search(p.read_text())]
@@ -116,6 +117,7 @@ def test_scripts_are_plain_sh(script):
     ("body", "status"),
     [
         ("def test_a(): pass", 0),
+        # Whole test files, written for tests.strict to fail them: nothing of this suite is skipped by these.
         ("import pytest\ndef test_a(): pytest.skip('no root')", 1),
         ("import pytest\n@pytest.mark.skipif(True, reason='no root')\ndef test_a(): pass", 1),
         ("import pytest\npytest.skip('no root', allow_module_level=True)", 1),

@@ -148,7 +148,7 @@ class Host:
     @property
     def proc(self) -> Path:
         """The host's own /proc, to be read with pids as seen inside."""
-        return Path(f"/proc/{self.init_pid}/root/proc")
+        return Path("/proc", str(self.init_pid), "root", "proc")  # through the kernel's link to its root directory
 
     def pids(self) -> list[int]:
         """The pids inside, without the first process."""

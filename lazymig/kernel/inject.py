@@ -66,7 +66,6 @@ class Injection:
         self.gadget = gadget
         self.threads = threads
         self.region: PrivateRegion | None = None
-        self.leave_with: dict[int, bytes] = {}  # registers to leave a thread with, where not its own
 
     def __enter__(self) -> Self:
         return self
@@ -114,5 +113,5 @@ class Injection:
             if t.rseq_cs:
                 # Running elsewhere made the kernel clear the critical section; the thread is still in it.
                 ptrace.poke(self.pid, t.rseq_ptr + 8, t.rseq_cs.to_bytes(8, "little"))
-            ptrace.set_regs(t.tid, self.leave_with.get(t.tid, t.regs))
+            ptrace.set_regs(t.tid, t.regs)
             ptrace.set_sigmask(t.tid, t.sigmask)

@@ -306,7 +306,11 @@ lm_result lm_interrupt(int32_t tid, uint64_t timeout_ns)
 	return err ? lm_fail(0, err) : lm_ok(1);
 }
 
-lm_result lm_unstep(int32_t tid, uint64_t timeout_ns)
+/*
+ * Ends stepping in a stopped thread, which stays where it is. Else it would get a SIGTRAP when its tracer dies: the
+ * kernel lets go of it then without clearing the trap flag.
+ */
+static lm_result unstep(int32_t tid, uint64_t timeout_ns)
 {
 	/* Only a resume without a step clears the trap flag; the interrupt that waits stops it before it runs. */
 	if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1 || ptrace(PTRACE_CONT, tid, 0, 0) == -1)
@@ -333,7 +337,7 @@ static int put_back(int32_t tid, const lm_regs *regs, uint64_t mask)
 
 lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns)
 {
-	lm_result r = lm_unstep(tid, timeout_ns);
+	lm_result r = unstep(tid, timeout_ns);
 
 	if (!r.err)
 		r.err = put_back(tid, regs, mask);

@@ -53,11 +53,6 @@ lm_result lm_event_message(int32_t tid, uint64_t *message);
 /* Executes one system call in a stopped thread by stepping over the instruction at `gadget`; sets call->ret. */
 lm_result lm_step_syscall(int32_t tid, const lm_regs *base, uint64_t gadget, lm_call *call, uint64_t timeout_ns);
 /*
- * Ends stepping in a stopped thread, which stays where it is. Else it would get a SIGTRAP when its tracer dies: the
- * kernel lets go of it then without clearing the trap flag.
- */
-lm_result lm_unstep(int32_t tid, uint64_t timeout_ns);
-/*
  * Gives a thread that has stopped after a step or a batch its own registers and signal mask back. A tracer may be killed
  * at any moment, and the thread then runs on from where it stands: amid what it was made to do, it would die of it.
  */

@@ -13,7 +13,7 @@ import os
 import pwd
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -310,8 +310,3 @@ class _Reader:
         ):
             value = int(m[1]) * _SIZES[m[2].lower()]
         return self._number(key, value)
-
-
-def all_ids(sets: Sequence[Sequence[int]]) -> list[int]:
-    """Several lists of numbers as one, each number once."""
-    return sorted({n for s in sets for n in s})
