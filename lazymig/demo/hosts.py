@@ -148,7 +148,8 @@ class Host:
     @property
     def proc(self) -> Path:
         """The host's own /proc, to be read with pids as seen inside."""
-        return Path("/proc", str(self.init_pid), "root", "proc")  # through the kernel's link to its root directory
+        # By the kernel's link to its root directory, which is not ours.
+        return Path("/proc", str(self.init_pid), "root", "proc")
 
     def pids(self) -> list[int]:
         """The pids inside, without the first process."""

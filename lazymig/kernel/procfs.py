@@ -175,12 +175,15 @@ class Status:
     ppid: int
     tracer: int
     ns_pids: tuple[int, ...]  # outermost namespace first
+    uids: tuple[int, ...]  # real, effective, saved, of file systems
+    gids: tuple[int, ...]
     groups: tuple[int, ...]
     threads: int
     umask: int
     pending: int
     shared_pending: int
     blocked: int
+    effective: int  # capabilities, bit n for number n
     no_new_privs: int
     seccomp: int
     thread_features: frozenset[str]  # x86: "shstk", "wrss"
@@ -210,12 +213,15 @@ def parse_status(content: str) -> Status:
         ppid=get("PPid", int),
         tracer=get("TracerPid", int),
         ns_pids=get("NSpid", numbers, lines.get("Pid")),
+        uids=get("Uid", numbers),
+        gids=get("Gid", numbers),
         groups=get("Groups", numbers, ""),
         threads=get("Threads", int),
         umask=get("Umask", lambda s: int(s, 8), "0022"),  # zombies have none
         pending=get("SigPnd", lambda s: int(s, 16)),
         shared_pending=get("ShdPnd", lambda s: int(s, 16)),
         blocked=get("SigBlk", lambda s: int(s, 16)),
+        effective=get("CapEff", lambda s: int(s, 16)),
         no_new_privs=get("NoNewPrivs", int, "0"),
         seccomp=get("Seccomp", int, "0"),
         thread_features=get("x86_Thread_features", lambda s: frozenset(s.split()), ""),
@@ -223,7 +229,7 @@ def parse_status(content: str) -> Status:
     )
 
 
-def status(pid: int, tid: int | None = None) -> Status:
+def status(pid: int | str, tid: int | None = None) -> Status:
     """Status of a process, or of one of its threads."""
     return parse_status(text(pid, "status" if tid is None else f"task/{tid}/status"))
 
@@ -280,6 +286,19 @@ def parse_stat(content: str) -> Stat:
 def stat(pid: int) -> Stat:
     """Stat of a process."""
     return parse_stat(text(pid, "stat"))
+
+
+def state(pid: int) -> str:
+    """The letter of its state, or "" when nobody has this number."""
+    try:
+        return stat(pid).state
+    except (FileNotFoundError, ProcessGoneError):
+        return ""
+
+
+def lives(pid: int) -> bool:
+    """Whether a process with this number is there and has not ended."""
+    return state(pid) not in ("", "Z", "X")
 
 
 # ---- the rest

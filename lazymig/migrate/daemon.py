@@ -15,6 +15,7 @@ import msgpack
 import trio
 
 from lazymig.errors import UNSOUND, LazymigError, ProtocolError
+from lazymig.kernel import procfs
 from lazymig.migrate import registry
 from lazymig.migrate.channel import MAX_HELLO, VERSION, Channel, Frame
 from lazymig.migrate.gate import Caller, Gate, place_door
@@ -293,7 +294,7 @@ class Daemon:
 
     def _without_keeper(self, migration: str, incoming: Incoming, entry: Event) -> None:
         incoming.word = Word.RUNNING
-        there = registry.lives(incoming.pid) and registry.start_time(incoming.pid) == entry.get("start")
+        there = procfs.lives(incoming.pid) and registry.start_time(incoming.pid) == entry.get("start")
         if there and entry.get("total") == 0:  # it never lacked a page
             incoming.state = "done"
             registry.forget(self._directory, migration)

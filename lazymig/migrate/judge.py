@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lazymig.errors import Refusal
-from lazymig.kernel.procfs import read
+from lazymig.kernel import procfs
 from lazymig.migrate import frames
 from lazymig.migrate.capture import Capture
 from lazymig.process import files, state
@@ -61,14 +61,9 @@ class Who:
 
 def describe(pid: int, exe: str, layout: Layout) -> Who:
     """A process here, as its main thread is now."""
-    lines = dict(
-        line.split(":", 1) for line in read(pid, "status").decode(errors="replace").split("\n") if ":" in line
-    )
-
-    def ids(*names: str) -> tuple[int, ...]:
-        return tuple(sorted({int(n) for name in names for n in lines[name].split()}))
-
-    return Who(exe, ids("Uid"), ids("Gid", "Groups"), len(layout), _size(layout))
+    its = procfs.status(pid)
+    uids, gids = sorted({*its.uids}), sorted({*its.gids, *its.groups})
+    return Who(exe, tuple(uids), tuple(gids), len(layout), _size(layout))
 
 
 def _size(layout: Layout) -> int:

@@ -201,7 +201,7 @@ def _end_moved(directory: Path, entry: Event) -> None:
         except ProcessLookupError:
             continue
     deadline = time.monotonic() + _ENDED_S
-    while any(registry.lives(each) for each in family):
+    while any(procfs.lives(each) for each in family):
         if time.monotonic() > deadline:
             raise LazymigError("it does not end", code="still-there", subject=f"pid {pid}")
         time.sleep(_LOOK_S)

@@ -209,18 +209,7 @@ def forget_ended(directory: Path) -> None:
 
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped by a signal, or by a tracer."""
-    try:
-        return procfs.stat(pid).state in "tT"
-    except (FileNotFoundError, ProcessGoneError):
-        return False
-
-
-def lives(pid: int) -> bool:
-    """Whether a process with this number is there and has not ended."""
-    try:
-        return procfs.stat(pid).state not in "ZX"
-    except (FileNotFoundError, ProcessGoneError):
-        return False
+    return procfs.state(pid) in ("t", "T")
 
 
 def is_stale(entry: dict[str, Any]) -> bool:

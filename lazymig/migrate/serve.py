@@ -13,6 +13,7 @@ from typing import Any
 import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProcessGoneError
+from lazymig.kernel import procfs
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames, registry
 from lazymig.migrate.links import Links
@@ -186,7 +187,7 @@ class Serving:
         """Waits, but for an order of a person; whether one came. AbandonedError; ProcessGoneError: nobody needs it."""
         until = trio.current_time() + delay
         while True:
-            if not registry.lives(self._options.pid):
+            if not procfs.lives(self._options.pid):
                 raise ProcessGoneError("the original has ended", subject=f"pid {self._options.pid}")
             what = (
                 {}

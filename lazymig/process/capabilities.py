@@ -6,11 +6,11 @@ docs/privileges.md tells which part of lazymig needs which.
 from __future__ import annotations
 
 import errno
-import re
 import struct
 from collections.abc import Collection
 
 from lazymig.arch import SYS
+from lazymig.kernel import procfs
 from lazymig.process import calls
 
 # linux/capability.h
@@ -29,9 +29,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 
 def effective() -> int:
     """Those that this process may use, a bit for each number."""
-    with open("/proc/self/status", encoding="utf-8", errors="replace") as f:
-        found = re.search(r"^CapEff:\t([0-9a-f]+)$", f.read(), re.MULTILINE)
-    return int(found[1], 16) if found else 0
+    return procfs.status("self").effective
 
 
 def lacking(names: Collection[str]) -> list[str]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 
 from lazymig.arch import SYS
-from lazymig.errors import ProcessGoneError, Refusal
+from lazymig.errors import Refusal
 from lazymig.kernel import procfs
 from lazymig.kernel.batch import Batch, Steps
 from lazymig.pb import pstree_pb2
@@ -56,7 +56,7 @@ def taken(pid: int, tids: Iterable[int], patience: float = REAP_PATIENCE_S) -> l
     end = time.monotonic() + patience
     refusals = []
     for tid in tids:
-        while (state := _state(tid)) == "Z" and time.monotonic() < end:
+        while (state := procfs.state(tid)) == "Z" and time.monotonic() < end:
             time.sleep(_POLL_S)
         what = f"pid {tid}" if tid == pid else f"thread {tid}"
         if state == "Z":
@@ -66,11 +66,3 @@ def taken(pid: int, tids: Iterable[int], patience: float = REAP_PATIENCE_S) -> l
             hint = "end that process, or use a pid namespace of its own"
             refusals.append(Refusal("pid-taken", what, "this number is in use here", hint))
     return refusals
-
-
-def _state(tid: int) -> str:
-    """The letter of /proc/TID/stat, or "" when nobody has this number."""
-    try:
-        return procfs.stat(tid).state
-    except ProcessGoneError:
-        return ""

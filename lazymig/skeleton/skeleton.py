@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from lazymig.arch import SYS
 from lazymig.errors import LazymigError, ProcessGoneError, ProtocolError, SyscallError
-from lazymig.kernel import ptrace
+from lazymig.kernel import procfs, ptrace
 from lazymig.kernel.batch import Batch
 from lazymig.kernel.ranges import RangeSet
 from lazymig.native import ffi, lib
@@ -314,12 +314,7 @@ class Skeleton:
         """That the keeper or the husk was killed, if so."""
         if self.keeper.ended():
             return LazymigError("the keeper ended", code="keeper-lost", subject=f"pid {self.pid}")
-        try:
-            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as f:
-                gone = f.read().rpartition(")")[2].split()[0] in "ZX"
-        except (FileNotFoundError, ProcessLookupError):
-            gone = True
-        if gone:
+        if not procfs.lives(self.pid):
             what = "the process under construction was killed"
             return LazymigError(what, code="husk-lost", subject=f"pid {self.pid}")
         return None
