@@ -243,7 +243,13 @@ def lazy_pages(
     show_default=True,
     help="Compression of bulk pages.",
 )
-@click.option("--streams", type=click.IntRange(1, 16), default=1, show_default=True, help="Bulk connections.")
+@click.option(
+    "--streams",
+    type=click.IntRange(1, opt.MAX_STREAMS),
+    default=1,
+    show_default=True,
+    help="Bulk connections.",
+)
 @LINK_TIMEOUT
 @click.option(
     "--resume",

@@ -26,11 +26,8 @@ _MEANS = {
 
 
 def _under_way(directory: Path | None) -> list[dict[str, Any]]:
-    where = (
-        [directory] if directory is not None else sorted(p for p in opt.STATE_ROOT.glob("*") if p.is_dir())
-    )
     found = []
-    for e in (e for d in where for e in registry.entries(d)):
+    for e in (e for d in registry.directories(directory) for e in registry.entries(d)):
         left, total = int(e.get("left", 0)), int(e.get("total", 0))
         found.append(
             {

@@ -271,26 +271,26 @@ class Daemon:
 
     async def _revive(self, migration: str, incoming: Incoming) -> None:
         """Looks for who sees to a process that runs here, or starts somebody; or finds that it is too late."""
-        found = [e for e in registry.entries(self._directory) if e["id"] == migration]
-        if not found:
+        entry = registry.entry_of(self._directory, migration)
+        if entry is None:
             incoming.state = "unknown" if incoming.state == "interrupted" else "failed"
-        elif found[0]["alive"]:
+        elif entry["alive"]:
             sock = await trio.to_thread.run_sync(dial_worker, self._directory, migration)
             if sock is not None:
                 incoming.data = sock
-                incoming.state, incoming.word = str(found[0]["state"]), Word.RUNNING
+                incoming.state, incoming.word = str(entry["state"]), Word.RUNNING
         elif incoming.state == "interrupted" and not await was_let_go(incoming.pid):
             # Before commit, or it ran and has ended before anybody wrote that down: nobody may run it on a guess.
             incoming.state = "unknown"
             registry.forget(self._directory, migration)
         elif (self._directory / f"{migration}.keeper").exists():
-            fields = {k: v for k, v in found[0].items() if k not in ("id", "alive", "state")}
-            meta = {"id": migration, "pid": int(found[0]["pid"])}
+            fields = {k: v for k, v in entry.items() if k not in ("id", "alive", "state")}
+            meta = {"id": migration, "pid": int(entry["pid"])}
             incoming.data = self._spawner.spawn({**meta, **self._for_workers, "fields": fields})
-        elif found[0]["state"] == "done":
-            incoming.state, incoming.report = "done", dict(found[0].get("report", {}))
+        elif entry["state"] == "done":
+            incoming.state, incoming.report = "done", dict(entry.get("report", {}))
         else:
-            self._without_keeper(migration, incoming, found[0])
+            self._without_keeper(migration, incoming, entry)
 
     def _without_keeper(self, migration: str, incoming: Incoming, entry: Event) -> None:
         incoming.word = Word.RUNNING

@@ -15,7 +15,7 @@ import trio
 
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.migrate.channel import Channel
-from lazymig.migrate.options import DEFAULT_LINK_TIMEOUT_S
+from lazymig.migrate.options import DEFAULT_LINK_TIMEOUT_S, MAX_STREAMS
 from lazymig.migrate.registry import Entry, is_abandoned, start_time
 from lazymig.migrate.states import LOST, OWN, Act, Destination, Machine
 from lazymig.uffd.lazy import LazyMemory
@@ -27,7 +27,6 @@ _PROGRESS_S = 0.2
 _RESUME_TIMEOUT_S = 15.0
 _RELEASED_TIMEOUT_S = 5.0
 _LOOK_EVERY_S = 1.0
-_MAX_STREAMS = 16
 
 
 class LazyPhase:
@@ -219,7 +218,7 @@ class LazyPhase:
     ) -> None:
         """The bulk and fault connections that belong to this time of dialling."""
         streams = int(hello["streams"])
-        if not 1 <= streams <= _MAX_STREAMS:
+        if not 1 <= streams <= MAX_STREAMS:
             raise ProtocolError("so many connections are not served", subject=str(streams))
         while self._fault is None or len(receivers) < streams:
             each, sock = await self._data.receive()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import trio
 
@@ -23,7 +25,7 @@ from lazymig.secure.tls import Credentials, TlsError
 
 CAPABILITIES = ["zero-ranges", "punch-rounds", "lz4", "zstd", "ship-files"]
 _HEAD = 8
-_VERDICT_TIMEOUT_S = 5.0
+_VERDICT_TIMEOUT_S, _ASK_PAUSE_S = 5.0, 0.2
 _PINGS = 5
 _PROBES = 4  # keep-alives without an answer that end a connection
 
@@ -136,11 +138,28 @@ class Links:
         except (OSError, LazymigError, trio.TooSlowError, ValueError):
             return Verdict.UNKNOWN
 
+    async def ask_until(self, options: MigrateOptions, seconds: float) -> Verdict:
+        """The same, again and again until it can be told or this time is over: then UNKNOWN."""
+        deadline = time.monotonic() + seconds
+        while (verdict := await self.ask_verdict(options)) is Verdict.UNKNOWN:
+            if time.monotonic() > deadline:
+                break
+            await trio.sleep(_ASK_PAUSE_S)
+        return verdict
+
     async def aclose(self) -> None:
         """Closes all connections."""
         await self.control.aclose()
         for s in (*self.bulk, *([self.fault] if hasattr(self, "fault") else [])):
             s.close()
+
+
+def unconnected(options: MigrateOptions, entry: Mapping[str, Any]) -> Links:
+    """The links of a migration that was left behind (its registry entry), as if they had just been lost."""
+    ours, theirs = trio.socket.socketpair()
+    theirs.close()
+    control = Channel(trio.SocketStream(ours), format_address(options.host, options.port))
+    return Links(control, str(entry["id"]), str(entry["secret"]), 0.0)
 
 
 async def connect(options: MigrateOptions) -> Links:

@@ -13,7 +13,7 @@ from lazymig.kernel import kdat
 from lazymig.migrate import frames
 from lazymig.migrate.channel import PATIENCE_S, Channel
 from lazymig.migrate.judge import Who, describe
-from lazymig.migrate.options import MigrateOptions, Mode, Stdio
+from lazymig.migrate.options import MAX_STREAMS, MigrateOptions, Mode, Stdio
 from lazymig.migrate.target import Target
 from lazymig.pb import descriptors_pb2
 from lazymig.process import cpu, files, identity, preflight
@@ -27,7 +27,6 @@ from lazymig.process.descriptors import (
 )
 from lazymig.process.vmas import PROT_WRITE, Kind, Layout, Vma
 
-MAX_STREAMS = 16
 MAX_FILES = 1 << 17
 
 

@@ -14,6 +14,7 @@ from lazymig.secure.tls import Credentials
 DEFAULT_PORT = 7077
 DEFAULT_MAX_DOWNTIME_MS = 5.0
 DEFAULT_MAX_ROUNDS = 30
+MAX_STREAMS = 16  # bulk connections
 STATE_ROOT = Path("/run/lazymig")
 DEFAULT_LINK_TIMEOUT_S = 20.0
 LOOPBACK = "127.0.0.1"
@@ -109,8 +110,8 @@ class MigrateOptions:
         if self.bandwidth_limit is not None and self.bandwidth_limit <= 0:
             raise OptionError("must be more than 0 bytes/s", subject="--bandwidth-limit")
         check_link_timeout(self.link_timeout_s)
-        if not 1 <= self.streams <= 16:
-            raise OptionError("must be between 1 and 16", subject="--streams")
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise OptionError(f"must be between 1 and {MAX_STREAMS}", subject="--streams")
         if (self.stdio is Stdio.FILE) != bool(self.stdio_path):
             raise OptionError("a path belongs to 'file', and only to it", subject="--stdio")
 

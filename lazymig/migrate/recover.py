@@ -20,9 +20,8 @@ import trio
 from lazymig.errors import LazymigError, ProcessGoneError
 from lazymig.kernel import procfs
 from lazymig.migrate import registry
-from lazymig.migrate.channel import Channel
-from lazymig.migrate.links import Links
-from lazymig.migrate.options import STATE_ROOT, Wire, format_address, parse_address
+from lazymig.migrate.links import unconnected
+from lazymig.migrate.options import Wire, parse_address
 from lazymig.migrate.resume import saved_options
 from lazymig.migrate.session import run_resumed
 from lazymig.migrate.states import Verdict
@@ -36,11 +35,9 @@ _LOOK_S = 0.1
 
 def find(number: str, state_dir: Path | None) -> tuple[Path, Event]:
     """(state directory, entry) of a migration. LazymigError ``unknown-migration``, ``unsafe-directory``."""
-    places = [state_dir] if state_dir is not None else sorted(p for p in STATE_ROOT.glob("*") if p.is_dir())
-    for directory in places:
-        for entry in registry.entries(directory):
-            if entry["id"] == number:
-                return registry.private_directory(directory), entry
+    for directory in registry.directories(state_dir):
+        if (entry := registry.entry_of(directory, number)) is not None:
+            return registry.private_directory(directory), entry
     raise LazymigError(
         "no such migration is under way here",
         code="unknown-migration",
@@ -178,10 +175,7 @@ def _verdict(entry: Event, wire: Wire) -> Verdict:
     options = saved_options(entry, wire)
 
     async def ask() -> Verdict:
-        ours, theirs = trio.socket.socketpair()
-        theirs.close()
-        channel = Channel(trio.SocketStream(ours), format_address(options.host, options.port))
-        links = Links(channel, str(entry["id"]), str(entry["secret"]), 0.0)
+        links = unconnected(options, entry)
         try:
             return await links.ask_verdict(options)
         finally:
@@ -247,7 +241,7 @@ def _until(directory: Path, number: str, there: Callable[[Event], bool], seconds
     """The entry when ``there``, when the time is over, or {} when it has gone."""
     deadline = time.monotonic() + seconds
     while True:
-        entry = next((e for e in registry.entries(directory) if e["id"] == number), {})
+        entry = registry.entry_of(directory, number) or {}
         if not entry or not entry["alive"] or there(entry) or time.monotonic() > deadline:
             return entry if entry.get("alive") else {}
         time.sleep(_LOOK_S)

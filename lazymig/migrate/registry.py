@@ -160,6 +160,16 @@ def entries(directory: Path, *, foreign: bool = False) -> Iterator[dict[str, Any
             yield {**fields, "alive": alive}
 
 
+def entry_of(directory: Path, number: str) -> dict[str, Any] | None:
+    """The migration with this id, as `entries` has it; None when there is none."""
+    return next((e for e in entries(directory) if e["id"] == number), None)
+
+
+def directories(state_dir: Path | None) -> list[Path]:
+    """Where to look for migrations: in the one that was named, else in all of this host."""
+    return [state_dir] if state_dir is not None else sorted(p for p in STATE_ROOT.glob("*") if p.is_dir())
+
+
 def forget(directory: Path, number: str, *, marks: bool = True) -> None:
     """Removes a migration that nobody sees to; without ``marks``, but for that it was abandoned."""
     for suffix in (*_SUFFIXES, *([_ABANDONED] if marks else [])):

@@ -21,17 +21,15 @@ from lazymig.errors import LazymigError, PeerLostError, ProcessGoneError
 from lazymig.kernel import procfs
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import registry
-from lazymig.migrate.channel import Channel
-from lazymig.migrate.links import Links
+from lazymig.migrate.links import Links, unconnected
 from lazymig.migrate.options import Codec, MigrateOptions, Mode, Wire, format_address
 from lazymig.migrate.serve import AbandonedError, Serving
-from lazymig.migrate.states import FAILURE, SOURCE_AGAIN, SOURCE_STEPS, Act, Machine, Source, Verdict, asked
+from lazymig.migrate.states import FAILURE, SOURCE_AGAIN, SOURCE_STEPS, Act, Machine, Source, asked
 from lazymig.process.vmas import TASK_SIZE
 
 Event = dict[str, Any]
 # Of the options, those that matter after commit.
 _SAVED = ("pid", "host", "port", "streams", "bandwidth_limit", "link_timeout_s", "connect_timeout_s")
-_ASK_PAUSE_S = 0.2
 
 
 def note(options: MigrateOptions, links: Links) -> registry.Entry | None:
@@ -92,15 +90,14 @@ class ResumedMigration:
         return False
 
     def _load(self) -> tuple[Event, MigrateOptions, RangeSet]:
-        found = [e for e in registry.entries(registry.ENGINES) if e["id"] == self.number]
-        if not found or "options" not in found[0]:
+        entry = registry.entry_of(registry.ENGINES, self.number)
+        if entry is None or "options" not in entry:
             raise LazymigError(
                 "no such migration was left behind here",
                 code="unknown-migration",
                 subject=self.number,
                 hint="lazymig migrations lists them",
             )
-        (entry,) = found
         if entry.pop("alive"):
             raise LazymigError("somebody sees to it already", code="in-use", subject=self.number)
         options = saved_options(entry, self._wire)
@@ -128,9 +125,7 @@ class ResumedMigration:
         machine = Machine("source", SOURCE_AGAIN, SOURCE_STEPS)
         entry.set(state=str(machine.state))
         peer = format_address(options.host, options.port)
-        ours, theirs = trio.socket.socketpair()  # a connection that is lost
-        theirs.close()
-        links = Links(Channel(trio.SocketStream(ours), peer), self.number, str(fields["secret"]), 0.0)
+        links = unconnected(options, fields)
         links.epoch = time.time_ns() // 1000  # the engine before has used lower ones
         await self._decide(machine, links, options, entry, pidfd)
         with trio.CancelScope(shield=True):
@@ -189,11 +184,7 @@ class ResumedMigration:
         Returns when that is the destination. PeerLostError ``not-taken``: it is this one, where it runs on now;
         ``commit-unknown``: it cannot be told yet.
         """
-        deadline = time.monotonic() + options.connect_timeout_s
-        while (verdict := await links.ask_verdict(options)) is Verdict.UNKNOWN:
-            if time.monotonic() > deadline:
-                break
-            await trio.sleep(_ASK_PAUSE_S)
+        verdict = await links.ask_until(options, options.connect_timeout_s)
         cont = partial(signal.pidfd_send_signal, pidfd, signal.SIGCONT)
         state = machine.take(asked(verdict), {Act.RESUME: cont})
         if state is Source.PAUSED:

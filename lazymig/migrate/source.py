@@ -62,7 +62,7 @@ _SOME = 4 << 20  # bytes that may be sent in the freeze without a thread
 _FREEZE_TRIES = 20
 _THAW_S = 0.01
 _PASSING = {"fd-content"}  # reasons that a process that runs on removes by itself
-_ASK_AGAIN_S, _ASK_PAUSE_S = 60.0, 0.2
+_ASK_AGAIN_S = 60.0
 _LOOK_AGAIN_S = 1.0
 _LAST_WORDS_S = 2.0  # of a destination that gave up: it takes down what it had made first
 
@@ -519,11 +519,7 @@ class SourceMigration:
         self.emit(
             {"event": "warning", "text": f"no answer to the commit ({lost}): asking the destination again"}
         )
-        deadline = time.monotonic() + _ASK_AGAIN_S
-        while (verdict := await self.links.ask_verdict(self.options)) is Verdict.UNKNOWN:
-            if time.monotonic() > deadline:
-                break
-            await trio.sleep(_ASK_PAUSE_S)
+        verdict = await self.links.ask_until(self.options, _ASK_AGAIN_S)
         if Act.RESUME in next(s for s in SOURCE_STEPS if s.cause == asked(verdict)).acts:
             self._handed_over = False  # so this failure ends in a rollback
             raise PeerLostError(
