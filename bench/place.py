@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from bench.programs import program
 from bench.scenarios import Link
 from lazymig.demo.hosts import PIPE, Host, two_hosts
 from lazymig.demo.moves import COMMAND
+from lazymig.demo.writer import warm_memory
 
 RELAY_OFFSET = 100  # a port's relay listens at the port that is so much higher
 
@@ -79,3 +81,18 @@ def place(link: Link, tmp: Path) -> Iterator[Place]:
             for host in (source, destination):
                 shape(host, "eth0", link.rate)
         yield Place(source, destination, link, tmp, stack)
+
+
+@contextmanager
+def warmed_place(link: Link, mib: int) -> Iterator[tuple[Place, Callable[[], None]]]:
+    """A place for a process of so many MiB, whose memory the machine has touched before, for either host.
+
+    The function lets go of what is held for the destination's: to be called right before the move.
+    """
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        warm_memory(mib + 256) as for_destination,
+        place(link, Path(directory)) as p,
+    ):
+        warm_memory(mib + 256).close()
+        yield p, for_destination.close

@@ -6,20 +6,18 @@ import json
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from bench.parts import Parts, lazymig_part
-from bench.place import BenchError, Place, place
+from bench.place import BenchError, Place, warmed_place
 from bench.results import Run
 from bench.scenarios import Scenario
 from bench.touchers import wait_until
 from bench.writers import told
 from lazymig.demo.hosts import DEVNULL, Host, Link, Program
 from lazymig.demo.moves import PORT, Daemon, Move, migrate
-from lazymig.demo.writer import warm_memory
 
 REDIS_PORT = 6399
 CONNECTIONS, RATE = 10, 3000  # requests a second, of all of them
@@ -44,21 +42,18 @@ def why_not() -> str:
 def measure(s: Scenario) -> Run:
     """One run: the server's memory is filled, clients ask, it moves amid that, and clients find it again."""
     with (
-        tempfile.TemporaryDirectory() as directory,
-        warm_memory(s.mib + 256) as for_destination,
-        place(s.link, Path(directory)) as p,
+        warmed_place(s.link, s.mib) as (p, make_room),
         Host("client", last_pid=30000) as client,
     ):
         Link(client, p.source)
         Link(client, p.destination)
-        warm_memory(s.mib + 256).close()
         server = _start(p, client, s.mib)
         out = p.tmp / "timeline"
         places = [f"{h.addresses[-1]}:{REDIS_PORT}" for h in (p.source, p.destination)]
         words = [sys.executable, str(_CLIENT), str(out), str(LOAD_S), str(CONNECTIONS), str(RATE), *places]
         with client.popen(words) as load, Daemon(p.destination, p.destination.address):
             time.sleep(BEFORE_S)
-            for_destination.close()
+            make_room()
             before, began = p.wire_bytes(), time.time_ns()
             with Parts(p.source, p.destination, server.pid, lazymig_part) as parts:
                 host, port = p.through(p.source, p.destination, PORT)

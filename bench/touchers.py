@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,13 @@ from pathlib import Path
 from bench import criu_package as criu
 from bench import peers
 from bench.parts import Parts, criu_part, lazymig_part
-from bench.place import BenchError, Place, place
+from bench.place import BenchError, Place, warmed_place
 from bench.programs import program
 from bench.results import Run
 from bench.scenarios import CRIU, Scenario
 from bench.writers import told
 from lazymig.demo.hosts import Program
 from lazymig.demo.moves import PORT, Daemon, Migration, Move
-from lazymig.demo.writer import warm_memory
 
 DEADLINE_S = 200
 _BUCKETS = 32
@@ -34,17 +32,12 @@ def wait_until(what: str, condition: Callable[[], object], pause: float = 0.005)
 
 def measure(s: Scenario) -> Run:
     """One run of a scenario with the toucher."""
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        warm_memory(s.mib + 256) as for_destination,
-        place(s.link, Path(directory)) as p,
-    ):
-        warm_memory(s.mib + 256).close()
+    with warmed_place(s.link, s.mib) as (p, make_room):
         out, go = p.tmp / "out", p.tmp / "go"
         moving = _start(p, s, out, go)
         wait_until("the memory is filled", out.exists)
         before = p.wire_bytes()
-        for_destination.close()
+        make_room()
         naming = criu_part if s.tool == CRIU else lazymig_part
         with Parts(p.source, p.destination, moving.pid, naming) as parts:
             run = _by_criu(p, s, moving, go) if s.tool == CRIU else _by_lazymig(p, s, moving, go)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bench import curve, peers
 from bench.parts import Parts, criu_part, lazymig_part
-from bench.place import BenchError, Place, place
+from bench.place import BenchError, Place, warmed_place
 from bench.results import Run
 from bench.scenarios import CRIU, Scenario
 from bench.stats import quantile
 from lazymig.demo.moves import INSECURE, PORT, Daemon, Move, migrate
-from lazymig.demo.writer import Gaps, Writer, warm_memory
+from lazymig.demo.writer import Gaps, Writer
 
 SETTLE_S, QUIET_S, AFTER_S = 0.3, 1.2, 0.6
 _SMALL_LOG = "16384"  # ticks: the log of a tiny process must be tiny
@@ -36,18 +34,13 @@ class Moved:
 
 def measure(s: Scenario) -> Run:
     """One run of a scenario with the writer; raises BenchError when anything is wrong with it."""
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        warm_memory(s.mib + 256) as for_destination,
-        place(s.link, Path(directory)) as p,
-    ):
-        warm_memory(s.mib + 256).close()
+    with warmed_place(s.link, s.mib) as (p, make_room):
         writer = _start(p, s)
         time.sleep(SETTLE_S)
         writer.mark()
         time.sleep(QUIET_S)
         mover = _by_criu if s.tool == CRIU else _by_lazymig
-        moved = mover(p, s, writer, for_destination.close)
+        moved = mover(p, s, writer, make_room)
         time.sleep(AFTER_S)
         _judge(writer, s)
         return _run(s, moved, writer)
