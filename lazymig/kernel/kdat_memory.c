@@ -19,10 +19,6 @@
 /* What the system's headers may be too old for (linux/userfaultfd.h, fs.h, mman.h, pidfd.h). */
 /* As lazymig/uffd/uffd.py has them: WP_ASYNC, WP_UNPOPULATED, PAGEFAULT_FLAG_WP. */
 #define FEATURES_TRACK (1ull << 15 | 1ull << 13 | 1ull)
-#define IS_WRITTEN (1ull << 1)
-#define IS_PRESENT (1ull << 3)
-#define SCAN_WP_MATCHING 1
-#define SCAN_CHECK_WPASYNC 2
 #define GUARD_INSTALL 102
 #define PIDFD_SELF_GROUP (-10000) /* PIDFD_SELF_THREAD's number; means this process to process_madvise */
 #define SOFT_DIRTY_BIT (1ull << 55)

@@ -3,16 +3,12 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
-/* linux/fs.h and linux/procfs of recent kernels; the system's headers may be older. */
+/* linux/fs.h of recent kernels; the system's headers may be older. */
 struct pm_scan_arg {
 	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
 	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
 };
 #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
-#define SCAN_WP_MATCHING 1
-#define SCAN_CHECK_WPASYNC 2
-#define IS_PRESENT 8
-#define IS_SWAPPED 16
 
 struct procmap_query {
 	uint64_t size, query_flags, query_addr;

@@ -38,4 +38,11 @@ typedef struct {
 lm_result lm_vma_snapshot(int maps, lm_vma *out, uint64_t cap);
 /* cffi: end */
 
+/* linux/fs.h of recent kernels: the flags of a scan, and PAGE_IS_*; the system's headers may be older. */
+#define SCAN_WP_MATCHING 1
+#define SCAN_CHECK_WPASYNC 2
+#define IS_WRITTEN (1ull << 1)
+#define IS_PRESENT (1ull << 3)
+#define IS_SWAPPED (1ull << 4)
+
 #endif
