@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,15 +131,18 @@ def lazy(*pairs):
     return alter
 
 
-def dump(change):
-    """Changes the final dump of the descriptors."""
+def message(kind, step, key, change):
+    """Changes the message of this kind that a step's frame has under ``key``."""
 
     def alter(f):
-        d = descriptors_pb2.DescriptorsDump.FromString(f["descriptors"].frame["fds"])
-        change(d)
-        f["descriptors"].frame["fds"] = d.SerializePartialToString()
+        its = kind.FromString(f[step].frame[key])
+        change(its)
+        f[step].frame[key] = its.SerializePartialToString()
 
     return alter
+
+
+dump = partial(message, descriptors_pb2.DescriptorsDump, "descriptors", "fds")  # the final one
 
 
 def regular(**fields):
@@ -201,13 +205,7 @@ def thread(i, field, value):
     return alter
 
 
-def process(change):
-    def alter(f):
-        s = state_pb2.ProcessState.FromString(f["state"].frame["process"])
-        change(s)
-        f["state"].frame["process"] = s.SerializePartialToString()
-
-    return alter
+process = partial(message, state_pb2.ProcessState, "state", "process")
 
 
 def offered(t, path, mode=0o100644, copy=True, **more):
