@@ -51,6 +51,7 @@ _FINAL = Query(flags=pm.SCAN_CHECK_WPASYNC, mask=pm.WRITTEN, returned=pm.WRITTEN
 _FINAL_SLOW = replace(_ROUND, flags=pm.SCAN_CHECK_WPASYNC)
 
 
+_NONE = RangeSet()
 _LONG_RUN = 1 << 20  # bytes
 _PIECE = 64 << 20  # bytes: about 0.3 ms when all of it is written
 _LARGE, _DENSE = 16 << 20, 0.9  # bytes; the share that is there
@@ -110,8 +111,9 @@ class WpAsyncTracker:
         A ``late`` one leaves it to whoever sends new memory to arm it just before that (``lm_bulk_arm``): then
         writes to what was not sent yet cost the process nothing, and need not be sent again.
 
-        A ``quick`` one does not look for pages that are gone: the next round that does, or the freeze's scan, finds
-        them. And where memory is mostly there, ``pages`` may hold some that are not: they are served as zero.
+        A ``quick`` one does not look for pages that are not there any more: the next round that does, or the freeze's
+        scan, finds them. And where memory is mostly there, ``pages`` may hold some that are not: they are served as
+        zero.
         New memory is registered while the process is ``paused``, which gives the layout as it then is. A
         registration by an older layout could split a mapping that has grown meanwhile, and the process's next
         mremap of the whole would fail. Raises SyscallError ESRCH when the address space is gone, e.g. by exec.
@@ -120,6 +122,8 @@ class WpAsyncTracker:
         dense = self._dense(known & now.memory, now.vmas) if quick else RangeSet()
         found, lost = self.pagemap.scan_each(_ROUND, _short(_vma_pieces(known - dense, now.vmas)))
         dirty = self._content(found, now)
+        # Read since they were dropped. This scan has protected them, so no later one tells of them.
+        zeroed = found.select(pm.PFNZERO)
         if dense:
             found, also_lost = self.pagemap.scan_each(_QUICK_ROUND, _short(_vma_pieces(dense, now.vmas)))
             dirty, lost = dirty | found.select(), lost | also_lost
@@ -137,7 +141,7 @@ class WpAsyncTracker:
         self.registered = now.all - untracked
         if untracked:
             dirty = dirty | self._content(self.pagemap.scan(_EVERYTHING, untracked), now)
-        return self._settle(dirty, fresh, now, looked_at=RangeSet() if quick else None)
+        return self._settle(dirty, fresh, now, looked_at=RangeSet() if quick else None, zeroed=zeroed)
 
     def final(self, now: Mapped, eager_kinds: RangeSet) -> Dirty:
         """The freeze's scan, with all threads stopped; protects nothing.
@@ -210,11 +214,17 @@ class WpAsyncTracker:
         return own
 
     def _settle(
-        self, dirty: RangeSet, fresh: RangeSet, now: Mapped, looked_at: RangeSet | None = None
+        self,
+        dirty: RangeSet,
+        fresh: RangeSet,
+        now: Mapped,
+        looked_at: RangeSet | None = None,
+        zeroed: RangeSet = _NONE,
     ) -> Dirty:
         """Works out what the destination must drop, and remembers what it will then have.
 
-        ``looked_at`` bounds where dropped pages are searched for; everywhere by default.
+        ``looked_at`` bounds where dropped pages are searched for; everywhere by default. ``zeroed`` are known to be
+        the zero page.
         """
         self.held = self.held & now.all
         dirty = dirty | (now.used - self.held)
@@ -222,7 +232,7 @@ class WpAsyncTracker:
         private = looked - now.shared
         dirty = dirty | self.doubtful(private & now.files)
         gone = self._where(_HOLES, private, without=pm.SWAPPED) | self._where(_OF_FILE, private & now.files)
-        gone = (gone | (self.held & fresh) | ((looked & now.shared) - now.used)) - dirty
+        gone = (gone | (self.held & (fresh | zeroed)) | ((looked & now.shared) - now.used)) - dirty
         self.held = (self.held - gone) | dirty
         return Dirty(dirty, gone, fresh)
 

@@ -72,6 +72,12 @@ def zero(name, first, count):
     ctypes.memset(regions[name][0] + first * PAGE, 0, count * PAGE)
 
 
+def look(name, first, count):
+    """Only reads: where nothing is, the zero page comes."""
+    for p in range(first, first + count):
+        ctypes.string_at(regions[name][0] + p * PAGE, 1)
+
+
 def fdwrite(name, first, count, seed):
     """Past all mappings."""
     os.pwrite(regions[name][2], b"".join(content(seed, p) for p in range(first, first + count)), first * PAGE)
@@ -139,7 +145,7 @@ def again():
 
 child = (-1, -1)
 commands = {
-    f.__name__.strip("_"): f for f in (map_, alias, fill, zero, fdwrite, advise, protect, unmap, renew)
+    f.__name__.strip("_"): f for f in (map_, alias, fill, zero, look, fdwrite, advise, protect, unmap, renew)
 }
 commands |= {f.__name__: f for f in (resize, move, fork, reap, again)}
 
