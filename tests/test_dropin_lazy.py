@@ -146,25 +146,25 @@ def silent(program, seconds=0.7):
 
 
 def resident(program):
-    """Whether all pages of a program's 64 MiB are there."""
+    """How many MiB of a program are there."""
     statm = program.host.proc / str(program.pid) / "statm"
-    return int(statm.read_text().split()[1]) >= 64 << 8
+    return int(statm.read_text().split()[1]) >> 8
 
 
 @pytest.mark.parametrize("options", [(), ("--churn",)], ids=["quiet", "churn"])
 def test_a_dead_daemon_makes_nobody_read_zeroes_and_another_goes_on(moving, options):
     program = moving.start("--mib", "64", *options)
-    slow_link(moving.source, "40mbit")  # 13 s for all pages: a busy machine must not be done too soon
+    slow_link(moving.source, "60mbit")  # 9 s for all pages: a busy machine must not be done too soon
     with moving.dump_lazily() as dump:
         with moving.daemon(port=7100) as daemon:
             daemon.wait_event("listening")
             moving.restore()
             daemon.wait_event("running")
-            time.sleep(0.2)
+            wait_for("some pages", lambda: resident(program) >= 8)
             daemon.program.kill()
             daemon.program.wait(10)
         assert len(keepers(moving.destination)) == 1
-        assert not resident(program)
+        assert resident(program) < 64
         silent(program)
         assert dump.poll() is None, "the source was told that all went well"
         slow_link(moving.source, "10gbit")
@@ -212,7 +212,7 @@ def test_a_daemon_that_dies_before_the_restore_is_done(moving):
 
 def test_a_lost_source_makes_threads_wait_and_the_keeper_ends_with_them(moving):
     program = moving.start("--mib", "64")
-    slow_link(moving.source, "40mbit")  # 13 s for all pages: a busy machine must not be done too soon
+    slow_link(moving.source, "60mbit")  # 9 s for all pages: a busy machine must not be done too soon
     with moving.dump_lazily() as dump, moving.daemon(port=7100) as daemon:
         daemon.wait_event("listening")
         moving.restore()
