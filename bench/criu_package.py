@@ -181,13 +181,6 @@ class Criu:
             *map(str, args),
         ]
 
-    def prepare(self, host: Host) -> None:
-        """Gives ``host`` a /run of its own, once: CRIU caches there what it has found out of the kernel."""
-        host.run(
-            ["sh", "-c", "grep -q ^lazymig-tests /proc/mounts || mount -t tmpfs lazymig-tests /run"],
-            check=True,
-        )
-
     def run(
         self, host: Host, *args: str | Path, cwd: Path, timeout: float = 60, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
@@ -195,7 +188,6 @@ class Criu:
 
         CriuFailedError with its log when it fails, unless ``check`` is off.
         """
-        self.prepare(host)
         done = host.run(self.argv(*args), cwd=cwd, timeout=timeout)
         if check and done.returncode != 0:
             raise CriuFailedError(f"criu {args[0]}: {self.why(cwd, args)}\n{done.stderr}")
@@ -203,13 +195,11 @@ class Criu:
 
     def start(self, host: Host, *args: str | Path, cwd: Path) -> Program:
         """Starts ``criu ARGS`` in a host. Use it as a context manager: its end kills what still runs."""
-        self.prepare(host)
         with open(cwd / f"{args[0]}.err", "wb") as errors:
             return host.popen(self.argv(*args), cwd=cwd, stdout=errors, stderr=errors)
 
     def serve(self, host: Host, *args: str | Path, cwd: Path, timeout: float = 60) -> Program:
         """As ``start``, and waits until it listens (``--status-fd``): for ``dump --lazy-pages``, ``page-server``."""
-        self.prepare(host)
         status = cwd / f"{args[0]}.status"
         status.unlink(missing_ok=True)
         # A descriptor of its own: CRIU closes it, and takes another for it if it is one of the first three.

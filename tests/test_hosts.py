@@ -136,6 +136,16 @@ def test_a_third_host_and_a_limited_link():
         link.mend()
 
 
+def test_each_host_has_a_run_of_its_own():
+    name = f"lazymig-test-{os.getpid()}"
+    with two_hosts() as (a, b):
+        a.run(["mkdir", f"/run/{name}"], check=True)
+        assert (a.root / "run" / name).is_dir()
+        assert not (b.root / "run" / name).exists()
+        assert {p.name for p in (b.root / "run").iterdir()} <= {"lazymig"}, "what is known of the kernel"
+    assert not Path("/run", name).exists()
+
+
 def test_no_descriptor_stays_open():
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))

@@ -8,9 +8,9 @@ import subprocess
 from lazymig.demo.moves import COMMAND
 
 
-def demo(*options):
+def demo(*options, before=()):
     done = subprocess.run(
-        [*COMMAND, "demo", *options], capture_output=True, text=True, timeout=100, check=False
+        [*before, *COMMAND, "demo", *options], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr + done.stdout
     return done
@@ -26,7 +26,10 @@ def test_the_last_line_of_json_tells_how_it_went():
     assert result["pages_verified"] == 32 * 256
 
 
-def test_people_see_the_phases():
-    text = demo("--mib", "16").stdout
+def test_people_see_the_phases_and_nothing_stays_on_the_machine():
+    # With a /run of its own: others may be writing into that of the machine.
+    script = 'mount -t tmpfs lazymig-tests /run && "$@" && find /run -mindepth 1'
+    text = demo("--mib", "16", before=("unshare", "-m", "sh", "-c", script, "sh")).stdout
+    assert "/run" not in text
     for word in ("hosts", "process", "round 0", "freeze", "running", "downtime", "stall", "intact"):
         assert word in text

@@ -1,8 +1,7 @@
 """Isolated hosts on this machine: network, pid, mount, UTS and IPC namespaces, joined by veth pairs.
 
-Files are the real machine's (a private copy of the mount tree, with a /proc of the host's own); processes,
-network and names are the host's. Nothing is written to /run/netns and no device appears in the outer network
-namespace.
+Files are the real machine's (a private copy of the mount tree, with a /proc and a /run of the host's own); processes,
+network and names are the host's. Nothing is written to /run and no device appears in the outer network namespace.
 When the creating process ends, however it ends, so do its hosts with all their programs.
 """
 
@@ -148,8 +147,12 @@ class Host:
     @property
     def proc(self) -> Path:
         """The host's own /proc, to be read with pids as seen inside."""
-        # By the kernel's link to its root directory, which is not ours.
-        return Path("/proc", str(self.init_pid), "root", "proc")
+        return self.root / "proc"
+
+    @property
+    def root(self) -> Path:
+        """The host's root directory as seen from here: its mounts, so its /run."""
+        return Path("/proc", str(self.init_pid), "root")
 
     def pids(self) -> list[int]:
         """The pids inside, without the first process."""

@@ -37,6 +37,10 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = (
     0x40000000,
 )
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 0x4000, 0x40000
+RUN = Path("/run")
+KNOWN = (
+    RUN / "lazymig" / "kdat.json"
+)  # what the tools have found out about this kernel, see lazymig.kernel.kdat
 MESSAGE = 1 << 20  # bytes: a generous limit for one request (argv and environment)
 
 
@@ -55,15 +59,32 @@ class Init:
         self.status_pipes: dict[int, int] = {}  # pid -> where its wait status goes
 
     def boot(self, name: str, last_pid: int) -> None:
-        """Makes the mount tree private, mounts the namespace's own /proc and brings the loopback up."""
+        """Makes the mount tree private, mounts the host's own /proc and /run, and brings the loopback up."""
         root = ctypes.c_char_p(b"/")
         libc("mount", None, root, None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
         flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC)
         proc = ctypes.c_char_p(b"proc")
         libc("mount", proc, ctypes.c_char_p(b"/proc"), proc, flags, None)
+        self.own_run()
         socket.sethostname(name)
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         Path("/proc/sys/kernel/ns_last_pid").write_text(str(last_pid))
+
+    def own_run(self) -> None:
+        """Mounts a /run of the host's own, as a machine has: what is left there goes with the host.
+
+        What is known of the kernel comes along: it is the same one, and trying everything out again takes 0.1 s.
+        """
+        try:
+            known = KNOWN.read_bytes()
+        except OSError:
+            known = b""
+        tmpfs, flags = ctypes.c_char_p(b"tmpfs"), ctypes.c_ulong(MS_NOSUID | MS_NODEV)
+        libc("mount", tmpfs, ctypes.c_char_p(bytes(RUN)), tmpfs, flags, ctypes.c_char_p(b"mode=755"))
+        if known:
+            KNOWN.parent.mkdir(mode=0o700)
+            KNOWN.touch(mode=0o600)
+            KNOWN.write_bytes(known)
 
     def serve(self) -> None:
         """Answers requests and reaps children until the control socket closes."""

@@ -97,7 +97,7 @@ class Daemon(Command):
         wire: Sequence[str] = INSECURE,
     ) -> None:
         """``wire``: the options that say how connections are protected."""
-        # The hosts share the machine's /run.
+        # Of its own, so that nothing that another daemon of this host has left is taken up.
         self._state = tempfile.TemporaryDirectory(prefix="lazymig-state-", ignore_cleanup_errors=True)
         state = () if "--state-dir" in arguments else ("--state-dir", self._state.name)
         listen = ("--listen", f"{address}:{port}", "--json", *wire)
