@@ -176,6 +176,8 @@ def run_case(
         owner = one_owner(case, source, destination, pid)
         if owner is Owner.SOURCE:
             untouched(source, pid, before, layout=layout)
+            left = list((source.root / "run/lazymig/engines").glob("*.json"))
+            assert not left or case.who is Who.COMMAND, "it is still listed"
         program.host = {Owner.DESTINATION: destination}.get(owner, source)
         if owner is not Owner.NOBODY:
             check()
@@ -278,7 +280,12 @@ def stopped_parties(case, source, destination, daemon, running, moved) -> dict[W
 
     # The one that does not stop is looked for last: until then what is there may be some helper of its beginning.
     for wait in (engine, worker) if case.host == "source" else (worker, engine):
-        wait_for(f"the {wait.__name__} at {case}", wait, 60)
+        try:
+            wait_for(f"the {wait.__name__} at {case}", wait, 60)
+        except AssertionError as e:
+            with contextlib.suppress(TimeoutError):
+                running.finish(0)
+            raise AssertionError(f"{e}: {running.events} {running.errors()}") from None
     if there(Who.KEEPER, case.state):
         wait_for("the keeper", lambda: keepers(destination, moved), 20)
         (found[Who.KEEPER],) = keepers(destination, moved)

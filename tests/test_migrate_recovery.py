@@ -66,7 +66,8 @@ def test_connections_that_are_reset(pair, side):
 
 def test_a_link_that_is_cut_without_a_word(pair):
     """Neither side is told; both find out, wait, and go on when packets cross again."""
-    writer = lazy_writer(pair)
+    writer = lazy_writer(pair, "--vmas", "600")  # enough small mappings that they may be missing too
+    said = words(pair.source, writer.pid)
     with pair.start_move(writer.pid, *SLOWLY) as running:
         running.until("running", 60)
         pair.source.run(["ip", "link", "set", "eth0", "down"], check=True)
@@ -75,10 +76,16 @@ def test_a_link_that_is_cut_without_a_word(pair):
         assert paused["left"] > 0
         time.sleep(0.5)
         text = pair.tmp.joinpath("writer").read_text().splitlines()[-1]
+        assert words(pair.destination, writer.pid) == said, "the kernel reads them, and waits for no page"
         assert '"event":"started"' in text, f"it verified memory that nobody could have sent: {text}"
         pair.source.run(["ip", "link", "set", "eth0", "up"], check=True)
         move = finished(pair, writer, running)
     assert move.number("pauses") >= 1
+
+
+def words(host, pid):
+    """The arguments and the environment of a process."""
+    return [(host.proc / str(pid) / name).read_bytes() for name in ("cmdline", "environ")]
 
 
 @by_chance
@@ -483,3 +490,19 @@ def test_an_engine_that_is_killed_before_it_wrote_all_down(pair, when):
         resumed.program.wait(20)
     goes_on(writer)
     assert under_way(pair.source) == []
+
+
+def test_an_engine_that_is_killed_before_commit_leaves_nothing_to_recover(pair):
+    """Its command is killed too, so nobody tidies up; a person who asks is told that the process runs on here."""
+    writer = lazy_writer(pair)
+    with pair.start_move(writer.pid, env={"LAZYMIG_FAULT": "source:rounds:stop"}) as running:
+        running.until("preflight", 60)
+        (engine,) = children(pair.source, running.program.pid)
+        wait_for("the stop", lambda: state_of(pair.source, engine) == "T")
+        pair.source.kill(running.program.pid)
+        pair.source.kill(engine)
+    number = ours(pair, writer)
+    failed = ordered(pair.source, "recover", number)
+    assert (code(failed), failed["committed"]) == ("not-committed", False)
+    assert under_way(pair.source) == []
+    goes_on(writer)

@@ -13,6 +13,7 @@ from lazymig.checkpoint.file_table import FileTable, fdflags
 from lazymig.errors import LazymigError
 from lazymig.kernel.ranges import RangeSet
 from lazymig.pb import fdinfo_pb2, mm_pb2, vma_pb2
+from lazymig.process import prctl
 from lazymig.process.vmas import CARRIED_FLAGS, TASK_SIZE, Kind, Layout, Vma
 
 REGULAR, STACK, VSYSCALL, VDSO, HEAP = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5
@@ -34,7 +35,6 @@ _ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "
 _GROWSDOWN = 0x100
 _VSYSCALL = (0xFFFFFFFFFF600000, 0xFFFFFFFFFF601000)
 _MAX_VMAS = 1 << 20
-_MAX_ARGUMENTS = 8 << 20  # bytes: execve(2) allows a quarter of the usual stack
 _MAX_AUXV = 44  # words; CRIU 4.2 refuses more
 
 _STATUS = {
@@ -130,11 +130,8 @@ def _vma(v: Vma, files: FileTable, mm: mm_pb2.mm_entry) -> vma_pb2.vma_entry:
 
 
 def arguments(mm: mm_pb2.mm_entry) -> RangeSet:
-    """Pages of the program's arguments and environment, where /proc reads them: it does not wait for missing ones."""
-    start, end = min(mm.mm_arg_start, mm.mm_env_start), max(mm.mm_arg_end, mm.mm_env_end)
-    if not 0 < start < end <= TASK_SIZE or end - start > _MAX_ARGUMENTS:
-        return RangeSet()
-    return RangeSet.span(start & -PAGE_SIZE, -(-end // PAGE_SIZE) * PAGE_SIZE)
+    """Pages of the program's arguments and environment."""
+    return prctl.arguments(mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end)
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,8 +219,12 @@ def forget_ended(directory: Path) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal, or by a tracer."""
-    return procfs.state(pid) in ("t", "T")
+    """Whether a process is stopped by a signal, or by a tracer, or is about to be."""
+    try:
+        status = procfs.status(pid)
+    except (FileNotFoundError, ProcessGoneError):
+        return False
+    return status.state in ("t", "T") or bool(status.shared_pending >> signal.SIGSTOP - 1 & 1)
 
 
 def is_stale(entry: dict[str, Any]) -> bool:

@@ -159,17 +159,32 @@ class ResumedMigration:
             "pauses": serving.pauses,
         }
 
-    @staticmethod
-    def _original(pid: int, fields: Event) -> int:
-        """A pidfd of the frozen process. ProcessGoneError unless it is there, and the same one."""
+    def _original(self, pid: int, fields: Event) -> int:
+        """A pidfd of the frozen process. ProcessGoneError unless it is there, and the same one.
+
+        LazymigError ``not-committed`` when it was never frozen: its engine was killed before that.
+        """
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
+            self._over()
             raise ProcessGoneError("the original has ended", subject=f"pid {pid}") from None
-        if registry.start_time(pid) != fields["start"] or not registry.is_stopped(pid):
-            os.close(pidfd)
-            raise ProcessGoneError("the original is not there any more, stopped", subject=f"pid {pid}")
-        return pidfd
+        if registry.start_time(pid) == fields["start"] and registry.is_stopped(pid):
+            return pidfd
+        os.close(pidfd)
+        self._over()
+        if registry.start_time(pid) == fields["start"] and procfs.lives(pid):
+            self.committed = False
+            raise LazymigError(
+                "its engine ended before commit: the process runs on here",
+                code="not-committed",
+                subject=f"pid {pid}",
+            )
+        raise ProcessGoneError("the original is not there any more", subject=f"pid {pid}")
+
+    def _over(self) -> None:
+        """Nothing is left to be served: `lazymig migrations` need not list it."""
+        registry.forget(registry.ENGINES, self.number)
 
     async def _decide(
         self,

@@ -21,6 +21,7 @@ import trio
 
 from lazymig.errors import CancelledMigrationError, LazymigError, ProcessGoneError, RefusedError
 from lazymig.kernel import procfs, ptrace
+from lazymig.migrate import registry
 from lazymig.migrate.options import MigrateOptions, Wire
 from lazymig.migrate.placement import give_way
 from lazymig.migrate.resume import ResumedMigration
@@ -79,6 +80,7 @@ def _run(make: Make, on_event: Callable[[Event], None], pid: int | None, wire: W
                 code="engine-lost",
                 hint="lazymig migrations names it, lazymig migrate --resume ID goes on with it",
             )
+        registry.forget_ended(registry.ENGINES)
         raise LazymigError(
             "the migration's engine was killed before commit",
             code="engine-lost",

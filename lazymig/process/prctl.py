@@ -10,7 +10,9 @@ from lazymig.arch import SYS
 from lazymig.errors import LazymigError, ProtocolError
 from lazymig.kernel import procfs
 from lazymig.kernel.batch import Batch, Call, Steps
+from lazymig.kernel.ranges import PAGE, RangeSet
 from lazymig.pb import mm_pb2
+from lazymig.process.vmas import TASK_SIZE
 
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _PR_SET_THP_DISABLE, _PR_GET_THP_DISABLE = 41, 42
@@ -18,10 +20,21 @@ _PR_SET_MDWE, _PR_GET_MDWE = 65, 66  # Linux 6.3
 _PR_GET_AUXV = 0x41555856  # Linux 6.4
 _MAX_AUXV = 1024  # bytes; AT_VECTOR_SIZE of the kernel is below
 _MM_MAP = struct.Struct("<11QQIi")  # struct prctl_mm_map of include/uapi/linux/prctl.h
+_MAX_ARGUMENTS = 8 << 20  # bytes: execve(2) allows a quarter of the usual stack
 _FIELDS = [  # in its order
     "mm_start_code", "mm_end_code", "mm_start_data", "mm_end_data", "mm_start_brk", "mm_brk", "mm_start_stack",
     "mm_arg_start", "mm_arg_end", "mm_env_start", "mm_env_end",
 ]  # fmt: skip
+
+
+def arguments(arg_start: int, arg_end: int, env_start: int, env_end: int) -> RangeSet:
+    """Pages of the program's arguments and environment. The kernel does not wait for missing ones: it has them end
+    there for whoever reads /proc/PID/cmdline and environ, also for the process itself.
+    """
+    start, end = min(arg_start, env_start), max(arg_end, env_end)
+    if not 0 < start < end <= TASK_SIZE or end - start > _MAX_ARGUMENTS:
+        return RangeSet()
+    return RangeSet.span(start & -PAGE, -(-end // PAGE) * PAGE)
 
 
 def dump_mm(b: Batch, pid: int) -> Steps[mm_pb2.mm_entry]:
