@@ -169,7 +169,7 @@ def lazy_pages(
         if from_server and port is None:
             raise click.UsageError("--page-server needs --port")
         server = (address, port) if from_server and port is not None else None
-        run_lazy_pages(images_dir, work_dir, server, protocol, status_fd, as_json)
+        run_lazy_pages(images_dir, work_dir, server, protocol, status_fd, wire, as_json)
         return
     from lazymig.migrate.daemon import run_daemon
 

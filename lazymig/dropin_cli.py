@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
 
 from lazymig import report
+from lazymig.cli_kit import wire
 from lazymig.errors import LazymigError
+from lazymig.migrate import options as opt
 
 _TEXT = {
     "listening": "listening on {where}",
+    "rejected": "rejected {peer}: {reason}",
     "connected": "connected with {where}",
     "resumed": "took over from a daemon that died",
     "running": "the processes run; {pages} pages are lazy",
@@ -52,6 +55,7 @@ def run_lazy_pages(
     server: tuple[str, int] | None,
     protocol: str,
     status_fd: int | None,
+    wire: Callable[[], opt.Wire],
     as_json: bool,
 ) -> None:
     """What ``lazy-pages`` does with ``-D``."""
@@ -59,8 +63,9 @@ def run_lazy_pages(
     from lazymig.dropin.options import LazyPagesOptions
 
     wide = None if protocol == "auto" else protocol == "4.2"
-    options = LazyPagesOptions(images_dir, work_dir or images_dir, server, wide, status_fd)
     try:
+        tls = wire().protection(server[0]) if server is not None else None
+        options = LazyPagesOptions(images_dir, work_dir or images_dir, server, wide, status_fd, tls)
         lazy_pages.run_lazy_pages(options, lambda e: _show(e, as_json))
     except lazy_pages.ServingError as e:
         _fail(e, as_json, report.EXIT_FAILED_AFTER_COMMIT)
@@ -89,6 +94,7 @@ def run_lazy_pages(
     help="The dump before, relative to -D: what is unchanged since is not sent.",
 )
 @click.option("--status-fd", type=click.IntRange(min=0), help="Write a zero byte there once it listens.")
+@wire
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
 def page_server(
     images_dir: Path,
@@ -97,18 +103,21 @@ def page_server(
     lazy_pages: bool,
     prev_images_dir: Path | None,
     status_fd: int | None,
+    wire: Callable[[], opt.Wire],
     as_json: bool,
 ) -> None:
     """Receive the pages of a criu dump, or serve those of its images, over CRIU's own protocol.
 
-    One session, like criu page-server. Nothing is encrypted and nobody has to prove who they are: it listens
-    on loopback unless an address is given; give one that only trusted hosts reach.
+    One session, like criu page-server; it listens on loopback unless an address is given. Beyond loopback it wants
+    certificates (`lazymig keys` makes them), and then so does criu: give that --tls. Any host of the authority may
+    connect, or with --tls-name only that one. Without certificates there is --insecure.
     """
     from lazymig.dropin.options import PageServerOptions
     from lazymig.dropin.page_server import run_page_server
 
-    options = PageServerOptions(images_dir, address, port, lazy_pages, prev_images_dir, status_fd)
     try:
+        tls = wire().protection(address)
+        options = PageServerOptions(images_dir, address, port, lazy_pages, prev_images_dir, status_fd, tls)
         run_page_server(options, lambda e: _show(e, as_json))
     except LazymigError as e:
         _fail(e, as_json, report.EXIT_FAILED)

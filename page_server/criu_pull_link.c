@@ -276,6 +276,18 @@ int lm_pull_resume(lm_pull *p)
 	return err;
 }
 
+/* CRIU's server takes a reset for a failure, even now, and with TLS it says something more. So this end is ended first,
+ * and closed when the other one has ended too. */
+static void end_politely(int sock)
+{
+	struct pollfd f = {sock, POLLIN, 0};
+	char waste[256];
+
+	shutdown(sock, SHUT_WR);
+	while (poll(&f, 1, CLOSE_WAIT_MS) > 0 && recv(sock, waste, sizeof(waste), MSG_DONTWAIT) > 0)
+		;
+}
+
 int lm_pull_close(lm_pull *p, int *status)
 {
 	lm_ps_iov bye = {.cmd = LM_PS_CLOSE};
@@ -291,5 +303,6 @@ int lm_pull_close(lm_pull *p, int *status)
 	if (recv(p->sock, &said, sizeof(said), MSG_WAITALL) != sizeof(said))
 		return EPIPE;
 	*status = said;
+	end_politely(p->sock);
 	return 0;
 }

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import trio
+
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
 from lazymig.images.directory import ImageDirectory
 from lazymig.images.framing import ImageWriter, telling
@@ -32,6 +34,7 @@ from page_server.threads import link_error
 
 FIRST_PAGES_ID = 0x10001  # as CRIU's page server numbers them: a dump's own, in the same directory, are small
 _MAX_ENTRY = 1 << 20  # pages of one entry: its number must fit in 32 bits for readers before CRIU 4.2
+_PARTING_S = 2.0
 _PREFIX = ".lazymig-receive-"
 _PARENT = "parent"
 
@@ -201,6 +204,7 @@ class Session:
         session = lib.lm_ps_new(sock.fileno())
         if session == ffi.NULL:
             raise MemoryError
+        self._sock = sock
         self._session: CData = ffi.gc(session, lib.lm_ps_free)
         self._receipt = receipt
         self._images: tuple[str, ...] = ()
@@ -249,7 +253,21 @@ class Session:
                 os.close(fd)
             self._files.clear()
 
+    async def part(self) -> None:
+        """After ``run``: ends the connection, and gives the peer a moment to say that it has ended too.
+
+        What CRIU says by TLS after its goodbye would else be answered by a reset.
+        """
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            with trio.move_on_after(_PARTING_S):
+                await trio.lowlevel.wait_readable(self._sock)
+
     def _open(self, command: int, head: CData) -> None:
+        if command == wire.PARENT and self._receipt is None:
+            wire.target(int(head.dst_id))
+            self._answer(wire.INT.pack(0))  # pages are served with those of parents
+            return
         if self._receipt is None or command not in (wire.OPEN, wire.OPEN2, wire.PARENT):
             raise ProtocolError(f"not expected: {wire.describe(head)}", subject="page server")
         target = wire.target(int(head.dst_id))

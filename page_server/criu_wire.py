@@ -106,6 +106,17 @@ def connect(sock: socket.socket, address: str, port: int, timeout: float = 20) -
 
 
 _NARROW, _WIDE = struct.Struct("=IIQQ"), struct.Struct("=I4xQQQ")
+_OF_A_PROCESS = 1  # type of an image
+
+
+def size(*, wide: bool) -> int:
+    """Bytes of a message; ``wide``: in the layout of CRIU 4.2."""
+    return (_WIDE if wide else _NARROW).size
+
+
+def ask_for_parent(sock: socket.socket, pid: int, *, wide: bool) -> None:
+    """Asks whether there is a pagemap of this process in the server's parent; the answer is an `INT`. OSError."""
+    sock.sendall((_WIDE if wide else _NARROW).pack(PARENT, 0, 0, pid << 8 | _OF_A_PROCESS))
 
 
 def ask(sock: socket.socket, pid: int, addr: int, pages: int, *, wide: bool) -> bytes:

@@ -12,6 +12,8 @@ from harness import wait_for
 
 from lazymig.demo.writer import Writer
 
+PLAIN = ("--insecure",)
+
 
 @pytest.fixture
 def moving(criu, lazy_pipes, two_hosts, tmp_path):
@@ -39,7 +41,9 @@ class Moving:
         wait_for("the writer is gone", lambda: not self.source.alive(self.program.pid))
 
     def daemon(self, *options, port=0):
-        server = ("--page-server", "--address", self.source.address, "--port", str(port)) if port else ()
+        server = (
+            (*PLAIN, "--page-server", "--address", self.source.address, "--port", str(port)) if port else ()
+        )
         return Daemon(self.destination, "lazy-pages", "-D", self.images, *server, *options, cwd=self.tmp)
 
     def restore(self, **options):
@@ -82,7 +86,7 @@ def test_criu_restores_from_local_images_through_us(moving):
 def test_our_page_server_serves_images(moving, criu, puller):
     program = moving.start("--mib", "16")
     moving.dump()
-    serve = ("page-server", "--lazy-pages", "-D", moving.images, "--address", moving.source.address)
+    serve = ("page-server", *PLAIN, "--lazy-pages", "-D", moving.images, "--address", moving.source.address)
     with Daemon(moving.source, *serve, "--port", "7101", cwd=moving.tmp) as server:
         server.wait_event("listening")
         if puller == "ours":

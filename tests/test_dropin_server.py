@@ -82,7 +82,7 @@ def test_criu_dumps_to_us_and_restores_from_it(criu, two_hosts, tmp_path):
     )
     images, here = tmp_path / "images", tmp_path / "source"
     here.mkdir()
-    args = ("page-server", "-D", images, "--address", destination.address, "--port", "7102")
+    args = ("page-server", "--insecure", "-D", images, "--address", destination.address, "--port", "7102")
     with Daemon(destination, *args, cwd=tmp_path) as server:
         server.wait_event("listening")
         where = ("--page-server", "--address", destination.address, "--port", "7102")
@@ -120,7 +120,7 @@ def test_a_killed_server_leaves_the_original_running_and_no_images(criu, two_hos
             "50ms",
         ]
     )
-    args = ("page-server", "-D", images, "--address", destination.address, "--port", "7103")
+    args = ("page-server", "--insecure", "-D", images, "--address", destination.address, "--port", "7103")
     with Daemon(destination, *args, cwd=tmp_path) as server:
         server.wait_event("listening")
         where = ("--page-server", "--address", destination.address, "--port", "7103")

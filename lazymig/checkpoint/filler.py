@@ -20,7 +20,7 @@ from lazymig.images.pagemap import FileExtents, Resolved
 from lazymig.kernel.ranges import PAGE, RangeSet
 from lazymig.native import ffi, lib
 from lazymig.uffd.lazy import LazyMemory
-from page_server import criu_wire
+from page_server import criu_link, criu_wire
 
 _FIELDS = ("start", "end", "offset", "layer")
 _BLOCK = 256 << 10  # bytes placed at once: a fault waits for no more
@@ -79,6 +79,11 @@ class ImageFiller:
         """
         if self._server is not None and remote:
             criu_wire.ask(self._server, pid, remote[0][0], 1, wide=self._wide)
+
+    def settle(self) -> None:
+        """It runs. Until then the server is told by a reset that it does not; from now on it waits, whatever ends."""
+        if self._server is not None:
+            criu_link.settle(self._server)
 
     def attach(self, lazy: LazyMemory, pid: int, pending: RangeSet) -> None:
         """Serves the pages of ``pending``, which must all be among those resolved, or the server's."""

@@ -37,7 +37,7 @@ from lazymig.process.vmas import TASK_SIZE, LayoutDiff
 from lazymig.secure.doors import doors_of
 from lazymig.skeleton.preadv import place_files
 from lazymig.uffd.lazy import LazyMemory
-from page_server import criu_wire
+from page_server import criu_link
 
 Event = dict[str, Any]
 
@@ -140,18 +140,8 @@ class Restore:
                 subject=str(self.loaded.directory),
                 hint="dump the process again",
             )
-        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            criu_wire.connect(sock, address, port)
-            if (tls := self._wire.protection(address)) is not None:
-                with sock:
-                    sock, _, _ = doors_of(tls).open(sock, server=False, name=address)
-        except BaseException:
-            sock.close()
-            raise
-        sock.settimeout(None)
-        return sock
+        tls = self._wire.protection(address)
+        return criu_link.reach(address, port, pid=self.loaded.pid, wide=speaks_wide(self.loaded), tls=tls)
 
     def _lazy(self) -> RangeSet:
         """Pages that may come later: not those that the first instructions, or the kernel, use."""
@@ -177,6 +167,8 @@ class Restore:
             if self.filler is not None:
                 self.filler.close()
             raise
+        if self.filler is not None:
+            self.filler.settle()
         builder.let_go()
         builder.running()
         return warnings

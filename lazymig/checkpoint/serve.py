@@ -109,7 +109,7 @@ class SourceServer:
             return
         criu_wire.tune(sock)
         try:
-            opened = partial(doors_of(self._tls).open, sock, server=True)
+            opened = partial(doors_of(self._tls).open, sock, server=True, whom="whoever restores it")
             plain, who, _ = await trio.to_thread.run_sync(opened, abandon_on_cancel=True)
         except TlsError as e:
             self.emit({"event": "warning", "text": f"{peer} was refused: {e}"})
@@ -140,6 +140,7 @@ class SourceServer:
             text = f"{peer} asked for no page; the process is still here"
         elif error is None:
             self._over = True
+            await session.part()
             return
         else:
             text = f"the connection to {peer} broke ({error}); the pages are kept, connect again"

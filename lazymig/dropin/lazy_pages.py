@@ -1,7 +1,8 @@
 """The drop-in for ``criu lazy-pages``: serves the lazy pages of what ``criu restore --lazy-pages`` restores.
 
 The same socket and words towards the restore, the same protocol towards the page server; what differs is what
-happens when something dies. A keeper holds the userfaultfds and the connection to the source from the beginning:
+happens when something dies. The source is connected with, and has answered, before a restore can begin: so nothing
+runs here when one of the two refuses the other. A keeper holds the userfaultfds and that connection:
 
 * This daemon dies before the restore has finished: the keeper waits for the restore's word. If it comes, the
   processes run; if not, the keeper resets the connection, and CRIU lets the original go on.
@@ -14,17 +15,19 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 
 import trio
 
 from lazymig.dropin.keeper import MEMORY, RESTORE, SERVER, UFFD, Keeper, Kept
 from lazymig.dropin.options import LazyPagesOptions
-from lazymig.dropin.page_server import tell_status
-from lazymig.dropin.restore_socket import Restore, RestoreListener
+from lazymig.dropin.page_server import run, tell_status
+from lazymig.dropin.restore_socket import Restore, RestoreListener, require_unused
 from lazymig.dropin.serving import Serving, SharedMemory
 from lazymig.dropin.tasks import Task, read_tasks, speaks_wide
 from lazymig.errors import LazymigError, PeerLostError, ProtocolError
-from page_server import criu_wire
+from lazymig.secure.doors import doors_of
+from page_server import criu_link
 
 Emit = Callable[[Mapping[str, object]], None]
 _DRAIN_EVERY_S = 0.5
@@ -48,6 +51,7 @@ class LazyPagesDaemon:
         self._server: socket.socket | None = None
         self._tasks: dict[int, Task] = {}
         self._dead: set[int] = set()
+        self._wide = True
 
     async def run(self) -> None:
         """Serves until every page is there. LazymigError; ``committed`` tells what has become of the processes."""
@@ -57,6 +61,7 @@ class LazyPagesDaemon:
                 self._dead.add(pid)
             else:
                 self._tasks[pid] = task
+        self._wide = speaks_wide(self.options.images_dir) if self.options.wide is None else self.options.wide
         if found is None:
             await self._begin()
             return
@@ -64,15 +69,31 @@ class LazyPagesDaemon:
         await self._go_on(keeper, kept)
 
     async def _begin(self) -> None:
+        require_unused(self.options.work_dir)
+        await self._connect()
         with RestoreListener(self.options.work_dir) as listener:
             self._emit({"event": "listening", "socket": str(listener.path)})
             tell_status(self.options.status_fd)
-            self._restore = Restore(await listener.accept())
+            self._restore = Restore(await self._accept(listener))
             self._keeper = keeper = Keeper.start(self.options.work_dir)
             memory = SharedMemory(self._tasks)
+            if self._server is not None:
+                keeper.hold(SERVER, self._server.fileno())
             keeper.hold(RESTORE, self._restore.sock.fileno())
             keeper.hold(MEMORY, memory.fd)
             await self._guarded(memory, None)
+
+    async def _accept(self, listener: RestoreListener) -> socket.socket:
+        """Waits for criu restore. PeerLostError when the source goes first."""
+        found: list[socket.socket] = []
+        async with trio.open_nursery() as nursery:
+            if self._server is not None:
+                nursery.start_soon(_until_lost, self._server, nursery.cancel_scope)
+            found.append(await listener.accept())
+            nursery.cancel_scope.cancel()
+        if not found:
+            raise PeerLostError("it closed the connection", subject="page server", hint="nothing runs here")
+        return found[0]
 
     async def _go_on(self, keeper: Keeper, kept: Kept) -> None:
         self._keeper = keeper
@@ -110,10 +131,15 @@ class LazyPagesDaemon:
 
     async def _serve(self, memory: SharedMemory, kept: Kept | None) -> None:
         await self._collect()
-        server = await self._connect(kept)
         assert self._keeper is not None
-        wide = speaks_wide(self.options.images_dir) if self.options.wide is None else self.options.wide
-        with Serving(self._tasks, self._uffds, memory, self._keeper, server, wide=wide) as serving:
+        if kept is not None and self._server is not None and not _is_alive(self._server):
+            self._server = None
+            kept.server = -1
+        if self._server is None:
+            await self._connect()
+        with Serving(
+            self._tasks, self._uffds, memory, self._keeper, self._server, wide=self._wide
+        ) as serving:
             serving.begin(kept)
             failure: LazymigError | None = None
 
@@ -153,24 +179,20 @@ class LazyPagesDaemon:
             self._keeper.hold(UFFD, uffd, pid)
             self._uffds[pid] = uffd
 
-    async def _connect(self, kept: Kept | None) -> socket.socket | None:
-        """The connection to the page server: the one that was kept, if it is still one, or a new one."""
+    async def _connect(self) -> None:
+        """Makes the connection to the page server. If this process dies, it is reset, or the keeper's."""
         if self.options.server is None:
-            return None
-        if self._server is not None and kept is not None and _is_alive(self._server):
-            return self._server
+            return
         address, port = self.options.server
-        assert self._keeper is not None
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._server = socket.socket(family, socket.SOCK_STREAM)
-        # Kept before it is connected: at no time is this process the only one that holds it.
-        self._keeper.hold(SERVER, self._server.fileno())
-        await trio.to_thread.run_sync(criu_wire.connect, self._server, address, port)
+        tls, pid = self.options.tls, next(iter(self._tasks), 1)
+        link = partial(criu_link.reach, address, port, pid=pid, wide=self._wide, tls=tls)
+        self._server = await trio.to_thread.run_sync(link)
         self._server.setblocking(False)
-        if kept is not None:
-            kept.server = -1
-        self._emit({"event": "connected", "address": address, "port": port})
-        return self._server
+        if self._keeper is not None:
+            self._keeper.hold(SERVER, self._server.fileno())
+        if self.committed:
+            criu_link.settle(self._server)
+        self._emit({"event": "connected", "address": address, "port": port, "tls": tls is not None})
 
     async def _finish(self, serving: Serving) -> None:
         assert self._keeper is not None
@@ -190,6 +212,11 @@ class LazyPagesDaemon:
                 self._emit({"event": "drain", "left": serving.stats().left, "total": serving.pages})
 
 
+async def _until_lost(sock: socket.socket, scope: trio.CancelScope) -> None:
+    await trio.lowlevel.wait_readable(sock)  # nothing was asked: what comes can only be its end
+    scope.cancel()
+
+
 def _is_alive(sock: socket.socket) -> bool:
     try:
         return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
@@ -201,9 +228,11 @@ def _is_alive(sock: socket.socket) -> bool:
 
 def run_lazy_pages(options: LazyPagesOptions, emit: Emit) -> None:
     """Runs the daemon. LazymigError: nothing runs here; ServingError: processes run here and lack pages."""
+    if options.tls is not None:
+        doors_of(options.tls)  # forks: nothing else may have begun
     daemon = LazyPagesDaemon(options, emit)
     try:
-        trio.run(daemon.run)
+        run(daemon.run)
     except (LazymigError, PeerLostError) as e:
         if daemon.committed:
             raise ServingError(e.message, code=e.code, subject=e.subject, hint=e.hint) from e

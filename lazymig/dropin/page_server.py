@@ -1,19 +1,31 @@
-"""The command ``lazymig page-server``: one session of CRIU's page protocol."""
+"""The command ``lazymig page-server``: one session of CRIU's page protocol.
+
+Whoever is refused (by TLS, or because one side speaks it and the other does not) does not use the session up.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import TypeVar
 
 import trio
 
 from lazymig.dropin.options import PageServerOptions
+from lazymig.secure.doors import doors_of
+from lazymig.secure.tls import Credentials, TlsError
 from page_server import criu_wire
 from page_server.criu_server import Receipt, Session, SessionStats, images_to_serve
 from page_server.threads import run_loop
 
+T = TypeVar("T")
 Emit = Callable[[Mapping[str, object]], None]
+_AT_ONCE = 16  # handshakes: each is a process
+_HELLO_OF_TLS = b"\x16\x03"  # as a message of CRIU's it would be an unknown command
+_WHOM = "the peer"
 
 
 def tell_status(fd: int | None) -> None:
@@ -22,6 +34,16 @@ def tell_status(fd: int | None) -> None:
         with contextlib.suppress(OSError):  # nobody reads it any more
             os.write(fd, b"\0")
             os.close(fd)
+
+
+def run(work: Callable[[], Coroutine[object, object, T]]) -> T:
+    """trio.run; an interrupt by the keyboard is one also when it came amid several tasks."""
+    try:
+        return trio.run(work)
+    except BaseExceptionGroup as e:
+        if e.subgroup(KeyboardInterrupt) is not None:
+            raise KeyboardInterrupt from e
+        raise
 
 
 async def _serve(options: PageServerOptions, emit: Emit) -> SessionStats:
@@ -34,17 +56,72 @@ async def _serve(options: PageServerOptions, emit: Emit) -> SessionStats:
         listener = stack.enter_context(criu_wire.listen(options.address, options.port))
         emit({"event": "listening", "address": options.address, "port": listener.getsockname()[1]})
         tell_status(options.status_fd)
-        await trio.lowlevel.wait_readable(listener)
-        sock, peer = listener.accept()
+        sock = await _admit(listener, options.tls, emit)
         listener.close()  # one session, as CRIU's
         stack.enter_context(sock)
-        emit({"event": "connected", "peer": str(peer[0])})
         session = Session(sock, receipt)
         session.serve(images)
-        return await run_loop(session.run, session.stop)
+        stats = await run_loop(session.run, session.stop)
+        await session.part()
+        return stats
+
+
+async def _admit(listener: socket.socket, tls: Credentials | None, emit: Emit) -> socket.socket:
+    """The first peer that may speak; the others are told of."""
+    listener.setblocking(False)
+    admitted: list[socket.socket] = []
+    limit = trio.CapacityLimiter(_AT_ONCE)
+
+    async def judge(tcp: socket.socket, peer: str, scope: trio.CancelScope) -> None:
+        with tcp:
+            try:
+                sock, event = await _judged(tcp, tls, limit)
+            except TlsError as e:
+                emit({"event": "rejected", "peer": peer, "reason": str(e), "error": e.to_wire()})
+                return
+        if admitted:
+            sock.close()
+            return
+        admitted.append(sock)
+        emit({"event": "connected", "peer": peer, **event})
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                tcp, (host, *_) = listener.accept()
+            except OSError:  # it went away again
+                continue
+            nursery.start_soon(judge, tcp, str(host), nursery.cancel_scope)
+    return admitted[0]
+
+
+async def _judged(
+    tcp: socket.socket, tls: Credentials | None, limit: trio.CapacityLimiter
+) -> tuple[socket.socket, Mapping[str, object]]:
+    """The connection to use instead of ``tcp``, and what to tell of it. TlsError."""
+    criu_wire.tune(tcp)
+    if tls is not None:
+        opening = partial(doors_of(tls).open, tcp, server=True, whom=_WHOM)
+        opened = await trio.to_thread.run_sync(opening, limiter=limit, abandon_on_cancel=True)
+        return opened.sock, {"certificate": list(opened.peer.names)}
+    await trio.lowlevel.wait_readable(tcp)
+    first = b""
+    with contextlib.suppress(OSError):  # the session finds it out too
+        first = tcp.recv(len(_HELLO_OF_TLS), socket.MSG_PEEK)
+    if first == _HELLO_OF_TLS:
+        raise TlsError(
+            f"{_WHOM} speaks TLS, and this page server plaintext",
+            code="tls-not-spoken",
+            hint="give this host a certificate: `lazymig keys issue`, or --tls-cert; or start the other without TLS",
+        )
+    return tcp.dup(), {}
 
 
 def run_page_server(options: PageServerOptions, emit: Emit) -> None:
     """Serves one session to its end. LazymigError; what was received is only kept when all of it was."""
-    stats = trio.run(_serve, options, emit)
+    if options.tls is not None:
+        doors_of(options.tls)  # forks: nothing else may have begun
+    stats = run(partial(_serve, options, emit))
     emit({"event": "done", "received": stats.received, "sent": stats.sent, "images": list(stats.images)})

@@ -23,6 +23,23 @@ FINISHED = 0x52535446
 _WORD = struct.Struct("=i")
 
 
+def require_unused(work_dir: Path) -> Path:
+    """Where to listen for a restore. LazymigError ``in-use`` when a daemon does."""
+    path = work_dir / NAME
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            pass
+        except OSError:
+            path.unlink(missing_ok=True)  # of a daemon that was killed
+        else:
+            raise LazymigError(
+                "a lazy-pages daemon listens there", code="in-use", subject=str(path), hint="end it first"
+            )
+    return path
+
+
 class RestoreListener:
     """The socket that criu restore connects to. A context manager: its name goes with it.
 
@@ -30,21 +47,7 @@ class RestoreListener:
     """
 
     def __init__(self, work_dir: Path) -> None:
-        self.path = work_dir / NAME
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(self.path))
-            except FileNotFoundError:
-                pass
-            except OSError:
-                self.path.unlink(missing_ok=True)  # of a daemon that was killed
-            else:
-                raise LazymigError(
-                    "a lazy-pages daemon listens there",
-                    code="in-use",
-                    subject=str(self.path),
-                    hint="end it first",
-                )
+        self.path = require_unused(work_dir)
         self._sock = listen(self.path)
 
     def __enter__(self) -> RestoreListener:

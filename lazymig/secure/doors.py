@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import socket
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lazymig.errors import LazymigError
 from lazymig.secure.tls import Context, Credentials, Peer, TlsError, unprivileged
@@ -58,18 +58,34 @@ class Doors:
             pass
 
     def open(
-        self, tcp: socket.socket, *, server: bool, name: str = "", timeout_s: float = HANDSHAKE_S
+        self,
+        tcp: socket.socket,
+        *,
+        server: bool,
+        name: str = "",
+        timeout_s: float = HANDSHAKE_S,
+        whom: str = "",
+        unit: int = 1,
+        plain: Literal["unix", "tcp"] = "unix",
     ) -> Opened:
         """A plain blocking socket whose bytes travel over ``tcp`` by TLS, and who is at the other end.
 
         ``tcp`` stays the caller's to close, and is not to be used: the door has it. As client (not ``server``) the
-        peer's certificate must hold ``name``. TlsError.
+        peer's certificate must hold ``name``. ``whom``: what messages call the peer. ``unit``: messages of so many
+        bytes, which are sent, are never spread over two TLS records. ``plain``: what kind of socket it is; with
+        "tcp" the kernel counts what it has carried, and to reset it resets ``tcp``, without TLS's goodbye. TlsError.
         """
-        plain, inner = socket.socketpair()
+        ours, inner = socket.socketpair() if plain == "unix" else loopback_pair()
         answer, report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with answer:
             try:
-                request = {"server": server, "name": self.credentials.name or name, "timeout": timeout_s}
+                request = {
+                    "server": server,
+                    "name": self.credentials.name or name,
+                    "timeout": timeout_s,
+                    "whom": whom,
+                    "unit": unit,
+                }
                 with inner, report:
                     fds = [tcp.fileno(), inner.fileno(), report.fileno()]
                     socket.send_fds(self._sock, [json.dumps(request).encode()], fds)
@@ -78,14 +94,38 @@ class Doors:
                     answer.recv(_MESSAGE) or b'{"code": "internal", "message": "the door broke"}'
                 )
             except OSError as e:
-                plain.close()
+                ours.close()
                 raise TlsError(f"no door could be opened ({e})", code="internal") from e
         if "code" in said:
-            plain.close()
+            ours.close()
             raise TlsError(
                 said["message"], code=said["code"], subject=said.get("subject", ""), hint=said.get("hint", "")
             )
-        return Opened(plain, Peer(tuple(said["names"]), said["fingerprint"]), int(said["pid"]))
+        return Opened(ours, Peer(tuple(said["names"]), said["fingerprint"]), int(said["pid"]))
+
+
+def loopback_pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a TCP connection of this process with itself. TlsError when there is no loopback."""
+    a = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        with socket.create_server(("127.0.0.1", 0), backlog=8) as listener:
+            a.connect(listener.getsockname())
+            while True:
+                b, peer = listener.accept()
+                if peer == a.getsockname():
+                    break
+                b.close()  # anybody on this host may connect
+        for s in (a, b):
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as e:
+        a.close()
+        raise TlsError(
+            f"no connection with itself ({e.strerror})",
+            code="internal",
+            subject="127.0.0.1",
+            hint="ip link set lo up",
+        ) from e
+    return a, b
 
 
 @functools.cache
@@ -138,11 +178,11 @@ def _door(
     try:
         context = Context(credentials, server=request["server"])
         unprivileged()
-        peer = context.handshake(tcp.fileno(), request["name"], request["timeout"])
+        peer = context.handshake(tcp.fileno(), request["name"], request["timeout"], request["whom"])
     except LazymigError as e:
         report.send(json.dumps(e.to_wire()).encode())
         return
     said = {"names": peer.names, "fingerprint": peer.fingerprint, "pid": os.getpid()}
     report.send(json.dumps(said).encode())
     report.close()
-    context.pump(plain.fileno())
+    context.pump(plain.fileno(), request["unit"])

@@ -13,11 +13,13 @@
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
+#define RECORD 16384u    /* the most that one holds */
 #define ROOM (128 << 10) /* eight records */
 /* Bytes that wait in the TCP socket unsent: more would only hold up what comes after them. */
 #define QUEUE (256 << 10)
@@ -32,7 +34,10 @@ typedef struct {
 typedef struct {
 	lm_tls *t;
 	int plain;
+	size_t unit;        /* what the plain side says comes in pieces of this size: a record holds whole ones */
+	bool plain_is_tcp;  /* it can be reset, and that is passed on as what it is */
 	buffer out, in;     /* plain to TLS, TLS to plain */
+	size_t rest;        /* bytes behind out.end: a piece that is not whole yet */
 	bool plain_ended;   /* the plain side will say no more */
 	bool plain_gone;    /* and hear no more */
 	bool tls_ended;     /* the peer will say no more */
@@ -40,6 +45,7 @@ typedef struct {
 	bool passed_end;    /* the plain side has been told of the peer's end */
 	bool failed;        /* nothing more can be read from the TLS connection, nor written to it */
 	bool notified;      /* close_notify is made */
+	bool reset;         /* the plain side has reset its connection: not to be told as an end */
 	bool tcp_dead;      /* an error waits in the TCP socket, behind bytes that the plain side has no room for */
 	short tcp_wants;    /* what to wait for */
 	short plain_wants;
@@ -76,28 +82,47 @@ static void unheard(pump *p)
 	p->more = true;
 }
 
+/* More of what the plain side says. */
+static void take(pump *p)
+{
+	ssize_t got;
+
+	memmove(p->out.data, p->out.data + p->out.end, p->rest);
+	p->out.at = p->out.end = 0;
+	got = recv(p->plain, p->out.data + p->rest, ROOM - p->rest, MSG_DONTWAIT);
+	if (got > 0) {
+		size_t all = p->rest + (size_t)got;
+
+		p->rest = all % p->unit;
+		p->out.end = all - p->rest;
+		p->more = true;
+	} else if (got == 0 || (errno != EAGAIN && errno != EINTR)) {
+		p->reset |= got < 0 && p->plain_is_tcp;
+		p->plain_ended = true;
+		p->plain_gone |= got < 0;
+		p->out.end = p->rest;
+		p->rest = 0;
+	} else {
+		p->plain_wants |= POLLIN;
+	}
+}
+
 /* Plain to TLS. */
 static void outwards(pump *p)
 {
-	size_t n;
+	size_t n, record = RECORD - RECORD % p->unit;
 	int ret;
 
-	if (p->out.at == p->out.end && !p->plain_ended) {
-		ssize_t got = recv(p->plain, p->out.data, ROOM, MSG_DONTWAIT);
-
-		if (got > 0) {
-			p->out.at = 0;
-			p->out.end = (size_t)got;
-		} else if (got == 0 || (errno != EAGAIN && errno != EINTR)) {
-			p->plain_ended = true;
-			p->plain_gone |= got < 0;
-		} else {
-			p->plain_wants |= POLLIN;
-		}
-	}
+	if (p->out.at == p->out.end && !p->plain_ended)
+		take(p);
+	if (p->reset)
+		return;
 	if (p->out.at < p->out.end) {
+		n = p->out.end - p->out.at;
+		if (p->unit > 1 && n > record)
+			n = record;
 		ERR_clear_error();
-		ret = SSL_write_ex(p->t->ssl, p->out.data + p->out.at, p->out.end - p->out.at, &n);
+		ret = SSL_write_ex(p->t->ssl, p->out.data + p->out.at, n, &n);
 		if (ret != 1) {
 			if (fatal(p, ret))
 				unheard(p);
@@ -166,6 +191,7 @@ static void inwards(pump *p)
 			p->plain_wants |= POLLOUT;
 		} else {
 			p->plain_gone = true;
+			p->reset |= p->plain_is_tcp; /* this call has taken the error: nothing else would tell of it */
 		}
 	}
 	if (p->tls_ended && p->in.at == p->in.end && !p->passed_end) {
@@ -196,6 +222,8 @@ static void run(pump *p)
 			outwards(p);
 		if (!p->passed_end && !p->plain_gone)
 			inwards(p);
+		if (p->reset)
+			return;
 		if ((p->told_end || p->failed) && (p->passed_end || p->plain_gone))
 			return;
 		if (p->more)
@@ -244,11 +272,15 @@ static bool gather_writes(lm_tls *t)
 	return true;
 }
 
-void lm_tls_pump(lm_tls *t, int plain)
+void lm_tls_pump(lm_tls *t, int plain, unsigned int unit)
 {
-	pump p = {.t = t, .plain = plain};
-	int queue = QUEUE, one = 1;
+	pump p = {.t = t, .plain = plain, .unit = unit};
+	int queue = QUEUE, one = 1, domain = AF_UNIX;
+	socklen_t size = sizeof(domain);
 	struct linger reset = {1, 0};
+
+	getsockopt(plain, SOL_SOCKET, SO_DOMAIN, &domain, &size);
+	p.plain_is_tcp = domain != AF_UNIX;
 
 	signal(SIGPIPE, SIG_IGN); /* OpenSSL writes without MSG_NOSIGNAL */
 	fcntl(plain, F_SETFL, fcntl(plain, F_GETFL) | O_NONBLOCK);
@@ -256,12 +288,12 @@ void lm_tls_pump(lm_tls *t, int plain)
 	setsockopt(t->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &queue, sizeof(queue));
 	p.out.data = malloc(ROOM);
 	p.in.data = malloc(ROOM);
-	if (p.out.data && p.in.data && gather_writes(t))
+	if (unit && unit <= RECORD && p.out.data && p.in.data && gather_writes(t))
 		run(&p);
 	shutdown(plain, SHUT_RDWR);
 	/* What the peer says to somebody who is gone is answered as the kernel would: by a reset. */
-	if (!p.told_end || p.in.at < p.in.end || SSL_has_pending(t->ssl)) {
-		if (p.told_end && !p.failed)
+	if (p.reset || !p.told_end || p.in.at < p.in.end || SSL_has_pending(t->ssl)) {
+		if (p.told_end && !p.failed && !p.reset)
 			last_words(t->fd);
 		setsockopt(t->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
 	}

@@ -38,8 +38,10 @@ void lm_tls_free(lm_tls *t);
 int lm_tls_handshake(lm_tls *t, int fd, const char *name, int timeout_ms, lm_tls_report *report);
 
 /* Moves bytes between the TLS connection and the plain stream socket, in both directions, until both have ended.
- * An end of one direction is passed on as one; a broken connection ends both. */
-void lm_tls_pump(lm_tls *t, int plain);
+ * An end of one direction is passed on as one; a broken connection ends both, and the reset of a plain socket that is
+ * TCP resets the other connection, without close_notify. `unit`: what the plain side says comes in pieces of so many
+ * bytes, and no piece is spread over two records; 1 when that does not matter. */
+void lm_tls_pump(lm_tls *t, int plain, unsigned int unit);
 /* Gives up every capability and the right to gain one. 0 or an errno. */
 int lm_tls_unprivileged(void);
 /* cffi: end */

@@ -136,8 +136,10 @@ class Context:
             raise TlsError(_text(report), code="tls-file", hint="`lazymig keys issue HOST` makes the files")
         self._server = server
 
-    def handshake(self, fd: int, name: str, timeout_s: float) -> Peer:
+    def handshake(self, fd: int, name: str, timeout_s: float, whom: str = "") -> Peer:
         """Shakes hands over a connected socket. ``name`` must be in the peer's certificate ("": any name will do).
+
+        ``whom``: what to call the peer in messages; else the source, or the destination.
 
         TlsError; its codes are in docs/security.md.
         """
@@ -147,12 +149,15 @@ class Context:
         names = tuple(n.partition(":")[2] for n in ffi.string(report.names).decode("ascii").split())
         peer = Peer(names, bytes(report.fingerprint).hex())
         if report.kind != lib.LM_TLS_OK:
-            raise _refusal(report, peer, name, self._server)
+            raise _refusal(report, peer, name, whom, self._server)
         return peer
 
-    def pump(self, plain: int) -> None:
-        """Carries bytes between the connection and the socket ``plain`` until both have ended."""
-        lib.lm_tls_pump(self._tls, plain)
+    def pump(self, plain: int, unit: int = 1) -> None:
+        """Carries bytes between the connection and the socket ``plain`` until both have ended.
+
+        ``unit``: pieces of so many bytes, which ``plain`` says, are never spread over two records.
+        """
+        lib.lm_tls_pump(self._tls, plain, unit)
 
     def close(self) -> None:
         """Frees it; the connected socket is the caller's."""
@@ -181,15 +186,19 @@ def _text(report: CData) -> str:
     return str(ffi.string(report.text).decode(errors="replace"))
 
 
-def _refusal(report: CData, peer: Peer, name: str, server: bool) -> TlsError:
+def _refusal(report: CData, peer: Peer, name: str, whom: str, server: bool) -> TlsError:
     kind, detail, text = int(report.kind), int(report.detail), _text(report)
-    whom = "the source" if server else "the destination"
+    whom = whom or ("the source" if server else "the destination")
     if kind == lib.LM_TLS_PEER:
         code, what = _VERIFY.get(detail, ("tls-certificate", f"its certificate is not accepted: {text}"))
         hint = ""
         if code == "tls-wrong-name":
             what = f"its certificate is another host's: it is for {peer}, not for {name}"
-            hint = "dial it by a name or address of its certificate, or say which with --tls-name"
+            hint = (
+                ""
+                if server
+                else "dial it by a name or address of its certificate, or say which with --tls-name"
+            )
         elif peer.names:
             what += f" (it is for {peer})"
         return TlsError(what, code=code, hint=hint)
@@ -202,9 +211,9 @@ def _refusal(report: CData, peer: Peer, name: str, server: bool) -> TlsError:
     if kind == lib.LM_TLS_PLAIN:
         if server:
             return TlsError(
-                "this daemon wants TLS, and the source speaks plaintext",
+                f"this daemon wants TLS, and {whom} speaks plaintext",
                 code="tls-required",
-                hint="give the source a certificate: `lazymig keys issue`; or start this daemon with --insecure",
+                hint=f"give {whom} a certificate: `lazymig keys issue`; or start this daemon with --insecure",
             )
         return TlsError(
             "the daemon there speaks plaintext",
@@ -214,7 +223,8 @@ def _refusal(report: CData, peer: Peer, name: str, server: bool) -> TlsError:
     if kind == lib.LM_TLS_TIMEOUT:
         return TlsError(f"{whom} does not finish the TLS handshake", code="tls-timeout")
     if kind == lib.LM_TLS_CLOSED:
-        return TlsError(f"{whom} hung up amid the TLS handshake ({text})", code="tls-closed")
+        hint = "" if server else "its log tells more; does it speak TLS?"
+        return TlsError(f"{whom} hung up amid the TLS handshake ({text})", code="tls-closed", hint=hint)
     if "did not return a certificate" in text:
         return TlsError(f"{whom} has shown no certificate", code="tls-no-certificate")
     return TlsError(f"the TLS handshake failed: {text}", code="tls")

@@ -144,14 +144,21 @@ static int hand_over(int to)
 	return pass_on(to, &end, -1);
 }
 
-/* Resets the source's connection: CRIU takes that, unlike its end, for a failure, and lets the original go on. */
-static void reset_server(void)
+/* What the end of the source's connection is to be: CRIU takes a reset, unlike a mere end, for a failure, and lets the
+ * original go on. It is one from the beginning, until the processes run here. */
+static void reset_server(int on)
 {
-	struct linger now = {1, 0};
+	struct linger how = {on, 0};
 	int fd = find(SERVER);
 
 	if (fd >= 0)
-		setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
+		setsockopt(fd, SOL_SOCKET, SO_LINGER, &how, sizeof(how));
+}
+
+static void commit(void)
+{
+	committed = 1;
+	reset_server(0);
 }
 
 /* 0: go on; 1: the keeper is not needed any more; -1: the connection is gone. */
@@ -168,13 +175,13 @@ static int serve(int control)
 			hold(k.role, k.tag, fd);
 		break;
 	case COMMIT:
-		committed = 1;
+		commit();
 		break;
 	case DROP:
 		drop(k.tag);
 		break;
 	case ABORT:
-		reset_server();
+		reset_server(1);
 		return 1;
 	case END:
 		return 1;
@@ -197,7 +204,7 @@ static int follow_restore(void)
 	if (fd >= 0)
 		hold(UFFD, (uint32_t)pid, fd);
 	else if (n == sizeof(word) && (uint32_t)word == RESTORE_FINISHED)
-		committed = 1;
+		commit();
 	else
 		pid = word;
 	return 0;
@@ -273,7 +280,7 @@ int main(int argc, char **argv)
 			}
 		}
 		if (p[2].revents && follow_restore() < 0) {
-			reset_server();
+			reset_server(1);
 			done = 1;
 		}
 		if (p[1].revents) {
