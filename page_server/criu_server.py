@@ -196,14 +196,19 @@ def images_to_serve(directory: Path) -> list[Served]:
 
 
 class Session:
-    """One connection. ``receipt``: where pushed pages go; None: nobody may push. The socket stays the caller's."""
+    """One connection. ``receipt``: where pushed pages go; None: nobody may push. The socket stays the caller's.
 
-    def __init__(self, sock: socket.socket, receipt: Receipt | None = None) -> None:
+    ``paced``: it leads through TLS to a CRIU, which waits in vain when messages share a record.
+    """
+
+    def __init__(self, sock: socket.socket, receipt: Receipt | None = None, *, paced: bool = False) -> None:
         sock.setblocking(False)
         wire.tune(sock)
         session = lib.lm_ps_new(sock.fileno())
         if session == ffi.NULL:
             raise MemoryError
+        if paced:
+            lib.lm_ps_pace(session)
         self._sock = sock
         self._session: CData = ffi.gc(session, lib.lm_ps_free)
         self._receipt = receipt

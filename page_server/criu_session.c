@@ -1,10 +1,13 @@
 #define _GNU_SOURCE
 #include "page_server/criu_session.h"
 
+#include <errno.h>
+#include <linux/sockios.h>
 #include <poll.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -29,6 +32,7 @@ struct lm_ps {
 	uint64_t entries, room, end, offset;
 	struct served *served;
 	uint32_t nserved;
+	bool paced;
 	lm_flag cancel;
 	uint8_t *buffer;
 	_Atomic uint64_t received, sent;
@@ -48,6 +52,11 @@ lm_ps *lm_ps_new(int sock)
 		return NULL;
 	}
 	return s;
+}
+
+void lm_ps_pace(lm_ps *s)
+{
+	s->paced = true;
 }
 
 void lm_ps_free(lm_ps *s)
@@ -171,21 +180,39 @@ static int wait_writable(lm_ps *s)
 	return poll(&f, 1, 100) < 0 && errno != EINTR ? errno : 0;
 }
 
+/* Waits until the other end of a local socket has taken all that was sent. */
+static int wait_taken(lm_ps *s)
+{
+	int left;
+
+	while (!s->cancel) {
+		if (ioctl(s->sock, SIOCOUTQ, &left))
+			return errno;
+		if (!left)
+			return 0;
+		usleep(20);
+	}
+	return ECANCELED;
+}
+
 static int send_head(lm_ps *s, const lm_ps_iov *head)
 {
 	uint8_t out[LM_PS_WIDE];
 	size_t at = 0;
+	int err = s->paced ? wait_taken(s) : 0;
 
+	if (err)
+		return err;
 	lm_ps_encode(head, s->width, out);
 	while (at < s->width) {
-		ssize_t n = send(s->sock, out + at, s->width - at, MSG_MORE | MSG_DONTWAIT | MSG_NOSIGNAL);
-		int err = n >= 0 || errno == EINTR ? 0 : errno == EAGAIN ? wait_writable(s) : errno;
+		ssize_t n = send(s->sock, out + at, s->width - at, (s->paced ? 0 : MSG_MORE) | MSG_DONTWAIT | MSG_NOSIGNAL);
 
+		err = n >= 0 || errno == EINTR ? 0 : errno == EAGAIN ? wait_writable(s) : errno;
 		if (err)
 			return err;
 		at += n > 0 ? (size_t)n : 0;
 	}
-	return 0;
+	return s->paced ? wait_taken(s) : 0;
 }
 
 /* For files that the kernel sends from in no other way: a process's memory. */
@@ -310,8 +337,9 @@ int lm_ps_step(lm_ps *s, lm_ps_iov *out)
 int lm_ps_answer(lm_ps *s, const void *data, uint64_t n)
 {
 	struct iovec v = {(void *)data, n};
+	int err = s->paced ? wait_taken(s) : 0;
 
-	return lm_send_all(s->sock, &v, 1, &s->cancel);
+	return err ? err : lm_send_all(s->sock, &v, 1, &s->cancel);
 }
 
 uint64_t lm_ps_width(const uint8_t *first)

@@ -13,6 +13,9 @@ typedef struct lm_ps lm_ps;
 lm_ps *lm_ps_new(int sock);
 void lm_ps_free(lm_ps *s);
 void lm_ps_cancel(lm_ps *s);
+/* The socket leads to a TLS door behind which CRIU reads. That waits for the network while the beginning of its next
+ * message, or the pages behind a message, lie in a record that it has read already. So no two go out together. */
+void lm_ps_pace(lm_ps *s);
 /* What is pushed for `dst_id` goes to this file from now on, which stays the caller's; -1: nothing may be pushed. */
 void lm_ps_receive(lm_ps *s, uint64_t dst_id, int pages);
 /* What has been pushed since then, in order (lm_entry with address, flags and offset); how many entries. */

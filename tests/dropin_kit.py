@@ -67,12 +67,12 @@ class Daemon:
 
 @contextlib.contextmanager
 def lazy_source(
-    criu: Criu, host: Host, pid: int, images: Path, cwd: Path, port: int = 7100
+    criu: Criu, host: Host, pid: int, images: Path, cwd: Path, *options: str, port: int = 7100
 ) -> Iterator[Program]:
     """``criu dump --lazy-pages``, waiting for whoever asks for the pages."""
     images.mkdir(exist_ok=True)
     where = ("--address", host.address, "--port", str(port))
-    args = ("dump", "-t", str(pid), "-D", images, "-o", "dump.log", "-v4", "--lazy-pages", *where)
+    args = ("dump", "-t", str(pid), "-D", images, "-o", "dump.log", "-v4", "--lazy-pages", *where, *options)
     with criu.serve(host, *args, cwd=cwd) as program:
         yield program
 

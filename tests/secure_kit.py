@@ -34,6 +34,13 @@ def shows(credentials):
     )
 
 
+def criu_shows(credentials):
+    """The same for CRIU."""
+    c = credentials
+    files = ("--tls-cacert", c.ca, "--tls-cacrl", c.crl, "--tls-cert", c.cert, "--tls-key", c.key)
+    return ("--tls", *map(str, files))
+
+
 class Keys:
     """Two hosts, and others that must not be let in."""
 

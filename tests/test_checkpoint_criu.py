@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from checkpoint_kit import PORT, command, dump, ok, restore, serving, works
 from criu import Inside, writer
 from harness import PROGRAMS, Watched, wait_for
+from secure_kit import Keys, criu_shows, shows
 
 BUSY = ("--mib", "4", "--threads", "2", "--timers", "--signals", "--shared", "--sparse", "--vmas", "20")
 
@@ -138,23 +140,45 @@ def test_criu_restores_a_chain_of_our_layers(criu, two_hosts, tmp_path):
     works(program)
 
 
-def test_we_take_the_pages_of_a_lazy_criu_dump(criu, lazy_pipes, two_hosts, tmp_path, images):
+@pytest.fixture(params=["plaintext", "tls"])
+def wires(request, two_hosts, tmp_path):
+    """How both sides are told to connect: options of CRIU on either host, and of ours."""
+    if request.param == "plaintext":
+        return {"criu": lambda _: (), "ours": lambda _: ("--insecure",)}
+    keys = Keys(tmp_path / "keys", *(h.address for h in two_hosts))
+    return {
+        "criu": lambda name: (*criu_shows(keys[name]), "--tls-no-cn-verify"),
+        "ours": lambda name: shows(keys[name]),
+    }
+
+
+def test_we_take_the_pages_of_a_lazy_criu_dump(criu, lazy_pipes, two_hosts, tmp_path, images, wires):
     source, destination = two_hosts
     program = writer(source, tmp_path / "writer", "--mib", "8", "--threads", "1")
-    images.mkdir()
     args = ("dump", "-t", str(program.pid), "-D", images, "-o", "dump.log", "--lazy-pages")
-    with criu.serve(source, *args, "--address", source.address, "--port", PORT, cwd=tmp_path) as running:
-        restore(destination, program, images, "--insecure", "--lazy", "--from", f"{source.address}:{PORT}")
+    args += ("--address", source.address, "--port", PORT, *wires["criu"]("source"))
+    options = (*wires["ours"]("destination"), "--lazy", "--from", f"{source.address}:{PORT}")
+    images.mkdir()
+    with criu.serve(source, *args, cwd=tmp_path) as running:
+        failed = command(destination, "restore", "-D", images, *options, fault="restore:built:error")
+        assert failed.status == 1
+        assert running.wait(20) != 0, "CRIU must not believe that all went well"
+    works(program)
+    shutil.rmtree(images)
+    images.mkdir()
+    with criu.serve(source, *args, cwd=tmp_path) as running:
+        restore(destination, program, images, *options)
         assert running.wait(20) == 0
     works(program)
 
 
-def test_a_criu_daemon_takes_the_pages_of_our_lazy_dump(criu, two_hosts, tmp_path, images):
+def test_a_criu_daemon_takes_the_pages_of_our_lazy_dump(criu, two_hosts, tmp_path, images, wires):
     source, destination = two_hosts
     program = writer(source, tmp_path / "writer", "--mib", "8", "--threads", "1")
-    with serving(source, program, images) as running:
+    with serving(source, program, images, *wires["ours"]("source")) as running:
         server = ("--page-server", "--address", source.address, "--port", PORT)
         args = ("lazy-pages", *server, "-D", images, "-W", tmp_path, "-o", "lazy.log")
+        args += wires["criu"]("destination")
         with criu.start(destination, *args, cwd=tmp_path) as daemon:
             wait_for("its socket", (tmp_path / "lazy-pages.socket").exists)
             criu_restore(criu, destination, program, images, tmp_path, "--lazy-pages")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from harness import wait_for
@@ -242,6 +246,70 @@ def test_what_came_before_a_connection_broke_is_delivered(both, keys):
         plain.settimeout(20)
         assert everything(plain) == data[: len(data) // _RECORD * _RECORD]
     t.join()
+
+
+@pytest.fixture
+def to_another_program(keys):
+    """A function that opens a door to a server that is not ours: the plain end, and that server's TLS connection."""
+    with doors(keys["source"]) as (client,), contextlib.ExitStack() as stack:
+
+        def open_one(**options):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_verify_locations(keys["source"].ca)
+            context.load_cert_chain(keys["destination"].cert, keys["destination"].key)
+            context.verify_mode = ssl.CERT_REQUIRED
+            a, b = tcp_pair()
+            b.settimeout(20)
+            with a, ThreadPoolExecutor(1) as pool:
+                wrap = partial(context.wrap_socket, b, server_side=True, suppress_ragged_eofs=False)
+                there = pool.submit(wrap)
+                opened = client.open(a, server=False, name=HERE, **options)
+                assert not opened.peer.ours
+                stack.enter_context(opened.sock)
+                return opened.sock, stack.enter_context(there.result())
+
+        yield open_one
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.integers(1, 40_000), min_size=1, max_size=8), st.sampled_from([24, 32]))
+def test_no_message_is_spread_over_two_records(to_another_program, sizes, unit):
+    plain, there = to_another_program(unit=unit)
+    data = os.urandom(sum(sizes))
+
+    def send():
+        at = 0
+        for n in sizes:
+            plain.sendall(data[at : at + n])
+            at += n
+            time.sleep(0.005)
+        plain.shutdown(socket.SHUT_WR)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(send)
+        records = []
+        while record := there.recv(1 << 20):  # never more than one
+            records.append(record)
+    assert b"".join(records) == data
+    *whole, last = records
+    assert not any(len(r) % unit for r in whole), [len(r) for r in records]
+    assert len(last) <= 16384
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["quiet", "busy"])
+def test_a_reset_is_not_told_as_an_end(to_another_program, busy):
+    plain, there = to_another_program(plain="tcp")
+    plain.sendall(b"question")
+    assert there.recv(99) == b"question"
+    if busy:
+        there.sendall(bytes(1 << 20))  # more than the plain side has room for, so it is being written to
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    plain.close()
+    with pytest.raises((ConnectionResetError, ssl.SSLError)):
+        assert there.recv(1) != b"", "a goodbye"
+    plain, there = to_another_program(plain="tcp")
+    plain.close()
+    assert there.recv(1) == b""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

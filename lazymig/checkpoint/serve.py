@@ -115,14 +115,14 @@ class SourceServer:
             self.emit({"event": "warning", "text": f"{peer} was refused: {e}"})
             return
         with plain:
-            await self._serve(plain, f"{peer} ({who})")
+            await self._serve(plain, f"{peer} ({who})", paced=not who.ours)
 
-    async def _serve(self, sock: socket.socket, peer: str) -> None:
+    async def _serve(self, sock: socket.socket, peer: str, *, paced: bool = False) -> None:
         """One connection."""
         # Behind the tracer's stop waits one that outlives the tracer: whatever happens from here, it does not run.
         if not self.committed:
             self.target.hold_frozen()
-        session = self._session = Session(sock)
+        session = self._session = Session(sock, paced=paced)
         session.serve(self._served)
         error: LazymigError | None = None
         try:

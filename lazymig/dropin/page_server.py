@@ -16,7 +16,7 @@ import trio
 
 from lazymig.dropin.options import PageServerOptions
 from lazymig.secure.doors import doors_of
-from lazymig.secure.tls import Credentials, TlsError
+from lazymig.secure.tls import Credentials, Peer, TlsError
 from page_server import criu_wire
 from page_server.criu_server import Receipt, Session, SessionStats, images_to_serve
 from page_server.threads import run_loop
@@ -56,34 +56,36 @@ async def _serve(options: PageServerOptions, emit: Emit) -> SessionStats:
         listener = stack.enter_context(criu_wire.listen(options.address, options.port))
         emit({"event": "listening", "address": options.address, "port": listener.getsockname()[1]})
         tell_status(options.status_fd)
-        sock = await _admit(listener, options.tls, emit)
+        sock, who = await _admit(listener, options.tls, emit)
         listener.close()  # one session, as CRIU's
         stack.enter_context(sock)
-        session = Session(sock, receipt)
+        session = Session(sock, receipt, paced=who is not None and not who.ours)
         session.serve(images)
         stats = await run_loop(session.run, session.stop)
         await session.part()
         return stats
 
 
-async def _admit(listener: socket.socket, tls: Credentials | None, emit: Emit) -> socket.socket:
+async def _admit(
+    listener: socket.socket, tls: Credentials | None, emit: Emit
+) -> tuple[socket.socket, Peer | None]:
     """The first peer that may speak; the others are told of."""
     listener.setblocking(False)
-    admitted: list[socket.socket] = []
+    admitted: list[tuple[socket.socket, Peer | None]] = []
     limit = trio.CapacityLimiter(_AT_ONCE)
 
     async def judge(tcp: socket.socket, peer: str, scope: trio.CancelScope) -> None:
         with tcp:
             try:
-                sock, event = await _judged(tcp, tls, limit)
+                sock, who = await _judged(tcp, tls, limit)
             except TlsError as e:
                 emit({"event": "rejected", "peer": peer, "reason": str(e), "error": e.to_wire()})
                 return
         if admitted:
             sock.close()
             return
-        admitted.append(sock)
-        emit({"event": "connected", "peer": peer, **event})
+        admitted.append((sock, who))
+        emit({"event": "connected", "peer": peer, **({"certificate": list(who.names)} if who else {})})
         scope.cancel()
 
     async with trio.open_nursery() as nursery:
@@ -99,13 +101,13 @@ async def _admit(listener: socket.socket, tls: Credentials | None, emit: Emit) -
 
 async def _judged(
     tcp: socket.socket, tls: Credentials | None, limit: trio.CapacityLimiter
-) -> tuple[socket.socket, Mapping[str, object]]:
-    """The connection to use instead of ``tcp``, and what to tell of it. TlsError."""
+) -> tuple[socket.socket, Peer | None]:
+    """The connection to use instead of ``tcp``, and who is there; None: plaintext. TlsError."""
     criu_wire.tune(tcp)
     if tls is not None:
         opening = partial(doors_of(tls).open, tcp, server=True, whom=_WHOM)
         opened = await trio.to_thread.run_sync(opening, limiter=limit, abandon_on_cancel=True)
-        return opened.sock, {"certificate": list(opened.peer.names)}
+        return opened.sock, opened.peer
     await trio.lowlevel.wait_readable(tcp)
     first = b""
     with contextlib.suppress(OSError):  # the session finds it out too
@@ -116,7 +118,7 @@ async def _judged(
             code="tls-not-spoken",
             hint="give this host a certificate: `lazymig keys issue`, or --tls-cert; or start the other without TLS",
         )
-    return tcp.dup(), {}
+    return tcp.dup(), None
 
 
 def run_page_server(options: PageServerOptions, emit: Emit) -> None:

@@ -101,7 +101,7 @@ class Doors:
             raise TlsError(
                 said["message"], code=said["code"], subject=said.get("subject", ""), hint=said.get("hint", "")
             )
-        return Opened(ours, Peer(tuple(said["names"]), said["fingerprint"]), int(said["pid"]))
+        return Opened(ours, Peer(tuple(said["names"]), said["fingerprint"], said["ours"]), int(said["pid"]))
 
 
 def loopback_pair() -> tuple[socket.socket, socket.socket]:
@@ -182,7 +182,7 @@ def _door(
     except LazymigError as e:
         report.send(json.dumps(e.to_wire()).encode())
         return
-    said = {"names": peer.names, "fingerprint": peer.fingerprint, "pid": os.getpid()}
+    said = {"names": peer.names, "fingerprint": peer.fingerprint, "ours": peer.ours, "pid": os.getpid()}
     report.send(json.dumps(said).encode())
     report.close()
     context.pump(plain.fileno(), request["unit"])

@@ -279,6 +279,7 @@ int lm_tls_handshake(lm_tls *t, int fd, const char *name, int timeout_ms, lm_tls
 	if (ret != 1)
 		return report->kind;
 	SSL_get0_alpn_selected(t->ssl, &protocol, &len);
+	report->ours = len > 0;
 	if (len && !confirm(t, deadline, report))
 		return report->kind;
 	return report->kind = LM_TLS_OK;

@@ -19,6 +19,7 @@ enum lm_tls_kind {
 
 typedef struct {
 	int32_t kind, detail;
+	int32_t ours;            /* the peer is lazymig too: it has agreed on our protocol (ALPN) */
 	char text[200];          /* OpenSSL's words */
 	char names[2048];        /* of the peer's certificate, one a line: DNS:... or IP:... */
 	uint8_t fingerprint[32]; /* SHA-256 of that certificate */

@@ -59,6 +59,7 @@ class Peer:
 
     names: tuple[str, ...]  # DNS names and addresses of its certificate
     fingerprint: str  # SHA-256 of it, in hex
+    ours: bool = True  # it is lazymig, and no other program
 
     def __str__(self) -> str:
         return ", ".join(self.names) or f"SHA-256 {self.fingerprint[:16]}"
@@ -147,7 +148,7 @@ class Context:
         wanted = name.encode() if name else ffi.NULL
         lib.lm_tls_handshake(self._tls, fd, wanted, int(timeout_s * 1000), report)
         names = tuple(n.partition(":")[2] for n in ffi.string(report.names).decode("ascii").split())
-        peer = Peer(names, bytes(report.fingerprint).hex())
+        peer = Peer(names, bytes(report.fingerprint).hex(), bool(report.ours))
         if report.kind != lib.LM_TLS_OK:
             raise _refusal(report, peer, name, whom, self._server)
         return peer
