@@ -483,7 +483,14 @@ class SourceMigration:
         pages = (dirty.pages | ((self._lazy | self._owed) & mapped.all)) | (
             captured.untracked_shared & mapped.used
         )
-        return *split_eager(layout, pages, needed, mode), (dirty.gone | self._gone) - pages
+        eager, lazy = split_eager(layout, pages, needed, mode)
+        # Of memory that is sent now a hole would cost a page; but what the kernel touches has to be there.
+        holes = self.target.tracker.holes(eager & mapped.memory) - needed
+        return (
+            eager - holes,
+            lazy,
+            (dirty.gone | self._gone | holes & self.target.tracker.held) - (pages - holes),
+        )
 
     async def _commit(self, known: Sequence[int], late: list[int]) -> bool:
         """Sends the one frame that hands the process over; from here on this host never runs it again.

@@ -173,8 +173,14 @@ class WpAsyncTracker:
         long = RangeSet.of(r for r in written if r[1] - r[0] >= _LONG_RUN)
         if not long:
             return written, RangeSet()
-        there = self.pagemap.scan(_EVERYTHING, long).select(0, pm.PFNZERO | pm.GUARD)
-        return (written - long) | there, (long - there) & self.held
+        holes = self.holes(long)
+        return written - holes, holes & self.held
+
+    def holes(self, pages: RangeSet) -> RangeSet:
+        """The pages of private anonymous memory that are not there, or zero: they need not be sent."""
+        return (
+            pages - self.pagemap.scan(_EVERYTHING, pages).select(0, pm.PFNZERO | pm.GUARD) if pages else pages
+        )
 
     # ---- parts
 
