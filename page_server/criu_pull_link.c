@@ -62,18 +62,23 @@ static int take_head(lm_pull *p)
 	lm_ps_iov head;
 	ssize_t n = recv(p->sock, in, p->width, MSG_PEEK | MSG_DONTWAIT);
 
+	if (n > 0 && (size_t)n < p->width) {
+		struct pollfd end = {p->sock, POLLRDHUP, 0};
+
+		/* The rest of the head is on its way, and poll() for data would return at once for this part; or this
+		 * was all, which a look at the data does not show. */
+		if (poll(&end, 1, 1) <= 0)
+			return EAGAIN;
+		n = recv(p->sock, in, p->width, MSG_PEEK | MSG_DONTWAIT);
+		if (n > 0 && (size_t)n < p->width)
+			return EPIPE;
+	}
 	if (n < 0)
 		return errno == EINTR ? EAGAIN : errno;
 	if (!n)
 		return EPIPE;
 	if (p->record->answered == p->record->sent)
 		return EPROTO;
-	if ((size_t)n < p->width) {
-		struct pollfd none = {.fd = -1};
-
-		poll(&none, 1, 1); /* the rest of the head is on its way; poll() would return at once for this part */
-		return EAGAIN;
-	}
 	head = lm_ps_decode(in, p->width);
 	if (head.cmd != LM_PS_MAKE(LM_PS_ADD_F, LM_PE_PRESENT) || head.vaddr != asked->vaddr ||
 	    head.dst_id != asked->dst_id || !head.nr_pages || head.nr_pages > asked->nr_pages)
@@ -217,7 +222,7 @@ static int discard(int sock, uint64_t bytes)
 int lm_pull_resume(lm_pull *p)
 {
 	lm_pull_record *r = p->record;
-	uint64_t sent, received;
+	uint64_t sent, received, until;
 	int err;
 
 	if (p->uncounted) {
@@ -245,6 +250,7 @@ int lm_pull_resume(lm_pull *p)
 		if (p->flushed < r->sent * p->width && poll(&f, 1, CLOSE_WAIT_MS) == 0)
 			return ETIMEDOUT;
 	}
+	until = lm_pull_now() + CLOSE_WAIT_MS * 1000000ull;
 	while (!err && r->answered < r->sent) {
 		uint64_t size;
 
@@ -255,7 +261,8 @@ int lm_pull_resume(lm_pull *p)
 			if (err == EAGAIN) {
 				struct pollfd f = {p->sock, POLLIN, 0};
 
-				err = poll(&f, 1, CLOSE_WAIT_MS) ? 0 : ETIMEDOUT;
+				/* A part of a head is something to read, too. */
+				err = poll(&f, 1, CLOSE_WAIT_MS) && lm_pull_now() < until ? 0 : ETIMEDOUT;
 				continue;
 			}
 			if (err)
@@ -272,6 +279,7 @@ int lm_pull_resume(lm_pull *p)
 		received = r->at;
 		r->pages = 0;
 		r->answered++;
+		until = lm_pull_now() + CLOSE_WAIT_MS * 1000000ull;
 	}
 	return err;
 }

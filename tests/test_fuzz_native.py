@@ -1,4 +1,4 @@
-"""Damaged streams for the C that takes pages from a peer, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""Damaged streams for the C that has a peer, under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from test_native_sanitized import SANITIZE
 
 from lazymig.native_build import FLAGS, ROOT
 
-UNITS = Path(__file__).parent / "native" / "fuzz_pages.c"
+NATIVE = Path(__file__).parent / "native"
+PAGES = [c for f in ("lazymig/uffd", "page_server") for c in sorted((ROOT / f).glob("*.c"))]
+PAGES += [ROOT / "lazymig/kernel" / n for n in ("ranges.c", "pageindex.c", "pagemap.c")]
 
 
-def build(out: Path) -> Path:
-    """Compiles the fuzzer."""
-    folders = [ROOT / "lazymig/uffd", ROOT / "page_server"]
-    sources = [c for f in folders for c in sorted(f.glob("*.c"))]
-    sources += [ROOT / "lazymig/kernel" / n for n in ("ranges.c", "pageindex.c", "pagemap.c")]
-    command = ["gcc", *FLAGS, *SANITIZE, "-O1", f"-I{ROOT}", UNITS, *sources, "-pthread", "-o", out]
+def fuzz(
+    out: Path, name: str, sources: list[Path], *arguments: object, libraries: tuple[str, ...] = ()
+) -> None:
+    """Compiles a fuzzer of tests/native and runs it: it says what is wrong, or nothing."""
+    program = out / name
+    command = ["gcc", *FLAGS, *SANITIZE, "-O1", f"-I{ROOT}", NATIVE / f"{name}.c", *sources, "-pthread"]
+    command += ["-o", program, *libraries]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    return out
+    words = [program, *map(str, arguments)]
+    r = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    assert (r.returncode, r.stderr) == (0, "")
 
 
 def test_damaged_streams(tmp_path):
-    program = build(tmp_path / "fuzz_pages")
-    r = subprocess.run([program, "1", "400"], capture_output=True, text=True, timeout=100, check=False)
-    assert (r.returncode, r.stderr) == (0, "")
+    fuzz(tmp_path, "fuzz_pages", PAGES, 1, 400)
+
+
+def test_damaged_criu_streams(tmp_path):
+    fuzz(tmp_path, "fuzz_criu", PAGES, 1, 200)
