@@ -1,38 +1,51 @@
-"""A soak: programs move back and forth for as long as is asked, while everyone is ended at random before commit.
+"""A soak: programs move back and forth for as long as is asked, under faults at every moment, before and after commit.
 
     ./dev soak [--minutes 10] [--seed N] [--programs writer,python,redis]
 
-Every other move or so somebody of the kill matrix ends, or all connections do; the others are plain, in all modes.
-After each the program judges itself. The counts are the last line (JSON); exit status 1 as soon as anything is wrong.
+Some moves are plain, in all modes. In some, somebody of the kill matrix ends at a state of it. In most, links are cut
+and parts are killed at random moments, and a person does what the documents say: starts the daemon again, resumes,
+recovers. In some a host is lost for good after commit, and the migration is abandoned. After each the program judges
+itself, and nothing else may stay. The counts are the last line (JSON); exit status 1 as soon as anything is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
+import os
 import random
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from harness import PROGRAMS, Watched, goes_on, moved
+from harness import PROGRAMS, Watched, goes_on, moved, wait_for
 from kill_kit import CASES, run_case, state_of
+from soak_kit import Disturbed, LeftError
 from test_programs_redis import Redis
 
-from lazymig.demo.hosts import Host, HostError, Link, two_hosts
-from lazymig.demo.moves import Daemon, migrate
+from lazymig.demo.hosts import Host, HostError, Link
+from lazymig.demo.moves import INSECURE, Daemon, migrate
 from lazymig.demo.writer import Writer
 from lazymig.migrate.failures import Owner, Who
+from lazymig.secure.authority import Authority
+from lazymig.secure.tls import CA, CERT, CRL, KEY
 
 MODES = ("hybrid", "precopy", "postcopy", "stop-and-copy")
-FAULTY = 0.55  # share of the moves in which somebody ends
+LAZY_MODES = ("postcopy", "postcopy", "hybrid", "precopy")
+# Of 100 moves: how many are plain, have somebody of the kill matrix end, are disturbed, and lose a host.
+PLAIN, MATRIX, DISTURBED, LOST = 20, 15, 53, 12
 KILLS = [c for c in CASES if c.who is not Who.PROCESS]
 SETTLE_S = 0.2
+# Of the two hosts, as a moved process needs its number: where those of programs begin, and how far off all others'.
+PIDS, OTHERS = (10000, 20000), 5000
 
 
 class CorruptError(AssertionError):
@@ -40,29 +53,50 @@ class CorruptError(AssertionError):
 
 
 class Traveller:
-    """One program with its two hosts, and how it is asked whether it is whole."""
+    """One kind of program with its two hosts; how it is started, and asked whether it is whole."""
 
-    def __init__(self, kind: str, tmp: Path, stack: list) -> None:
-        self.kind = kind
-        pair = two_hosts()
-        self.hosts: tuple[Host, Host] = pair.__enter__()
-        stack.append(pair)
-        home = self.hosts[0]
-        if kind == "writer":
-            options = ("--mib", "24", "--threads", "3", "--odd", "--shared")
-            self.program = Writer(home, tmp / "writer", *options)
-        elif kind == "python":
-            out = tmp / "python"
-            self.program = Watched(home, out, sys.executable, PROGRAMS / "python_work.py", out)
-        else:
-            client = Host("client", last_pid=30000)
-            stack.append(client)
+    def __init__(self, kind: str, tmp: Path, stack: contextlib.ExitStack, rng: random.Random) -> None:
+        self.kind, self.tmp, self.rng = kind, tmp, rng
+        self.hosts = tuple(
+            stack.enter_context(Host(n, last_pid=p))
+            for n, p in zip(("source", "destination"), PIDS, strict=True)
+        )
+        Link(*self.hosts)
+        self.stable = False  # its mappings do not change by themselves
+        self.started = 0
+        if kind == "redis":
+            self.client = stack.enter_context(Host("client", last_pid=30000))
             for host in self.hosts:
-                Link(client, host)
-            (tmp / "redis").mkdir()
-            self.program = Redis(home, client, tmp / "redis")
+                Link(self.client, host)
+        self.keys = keys(tmp / f"{kind}-keys", self.hosts)
+        self.start()
+
+    def start(self) -> None:
+        """A new one, on either host."""
+        self.started += 1
+        home = self.rng.choice(self.hosts)
+        self.number(0)
+        place = self.tmp / f"{self.kind}-{self.started}"
+        place.mkdir()
+        if self.kind == "writer":
+            self.stable = self.rng.random() < 0.5
+            options = ["--mib", "24", "--threads", "3", "--odd", "--shared"]
+            if not self.stable:
+                options = ["--mib", "32", "--pages-per-tick", "1", "--tick-us", "1000", "--log", "4096"]
+                options += ["--churn", "--threads", "2", "--timers", "--shared"]
+            self.program = Writer(home, place / "out", *options)
+        elif self.kind == "python":
+            script = PROGRAMS / "python_work.py"
+            self.program = Watched(home, place / "out", sys.executable, script, place / "out")
+        else:
+            self.program = Redis(home, self.client, place)
             self.program.ask("DEBUG", "POPULATE", "50000", "key", "64")
             self.digest = self.program.ask("DEBUG", "DIGEST")
+
+    def number(self, offset: int) -> None:
+        """Has the next process of each host get a number so far behind its first."""
+        for host, first in zip(self.hosts, PIDS, strict=True):
+            host.run(["sh", "-c", f"echo {first + offset} > /proc/sys/kernel/ns_last_pid"], check=True)
 
     def check(self) -> None:
         """Asserts that it is whole and works. Raises CorruptError."""
@@ -82,30 +116,149 @@ class Traveller:
             self.digest = self.program.ask("DEBUG", "DIGEST")
 
 
-def once(t: Traveller, rng: random.Random, port: int, counts: collections.Counter) -> None:
-    """One move, with or without a fault."""
-    source = t.program.host
-    destination = next(h for h in t.hosts if h is not source)
-    options = ("--tcp-close",) if t.kind == "redis" else ()
-    if rng.random() < FAULTY:
-        case = rng.choice(KILLS)
-        owner = run_case(
-            case, source, destination, t.program, port, t.check, *options, layout=t.kind == "writer"
+def keys(directory: Path, hosts: Sequence[Host]) -> dict[str, Sequence[str]]:
+    """For each host the options that name its certificate."""
+    directory.mkdir()
+    authority = Authority.create(directory / "tls")
+    found: dict[str, Sequence[str]] = {}
+    for host in hosts:
+        place = authority.issue(host.name, [host.address]).directory
+        files = {"ca": CA, "cert": CERT, "key": KEY, "crl": CRL}
+        found[host.name] = [w for o, name in files.items() for w in (f"--tls-{o}", str(place / name))]
+    return found
+
+
+class Soak:
+    """The programs, and what has happened to them so far."""
+
+    def __init__(self, seed: int, counts: collections.Counter[str], tmp: Path) -> None:
+        self.seed, self.counts, self.tmp = seed, counts, tmp
+        self.tried = 0
+        self.rng = random.Random()
+        self.ports = itertools.cycle(range(7100, 9100))
+
+    def once(self, travellers: Sequence[Traveller]) -> None:
+        """One move, with or without faults."""
+        self.tried += 1
+        self.rng = random.Random(f"{self.seed} {self.tried}")  # how many numbers a move takes depends on time
+        t = self.rng.choice(travellers)
+        source = t.program.host
+        destination = next(h for h in t.hosts if h is not source)
+        t.number(OTHERS)
+        (how,) = self.rng.choices(
+            (self.plain, self.matrix, self.disturbed, self.lost), (PLAIN, MATRIX, DISTURBED, LOST)
         )
-        counts["faults"] += 1
-        counts[f"fault {case.who.name.lower()}"] += 1
-        counts[f"owner {owner}"] += 1
-        if owner is Owner.DESTINATION and state_of(source, t.program.pid) == "T":
-            source.kill(t.program.pid)  # the word of a person who knows where it runs
-            counts["originals ended by hand"] += 1
-    else:
-        mode = rng.choice(MODES)
-        with Daemon(destination, destination.address, port=port) as daemon:
+        options = ("--tcp-close",) if t.kind == "redis" else ()
+        try:
+            how(t, source, destination, options)
+        except BaseException:
+            print(f"move {self.tried}, {how.__name__}, of {t.kind} {t.program.pid}", file=sys.stderr)
+            for host in (source, destination):
+                print(f"{host.name}: {processes(host)}", file=sys.stderr)
+            raise
+        self.counts["moves"] += t.program.host is destination
+        time.sleep(SETTLE_S)
+
+    def plain(self, t: Traveller, source: Host, destination: Host, options: Sequence[str]) -> None:
+        """Nothing happens."""
+        mode = self.rng.choice(MODES)
+        with Daemon(destination, destination.address, port=next(self.ports)) as daemon:
             moved(migrate(source, t.program.pid, daemon.to, "--mode", mode, *options))
             t.program.host = destination
             t.check()
-        counts["moves"] += 1
-    time.sleep(SETTLE_S)
+
+    def matrix(self, t: Traveller, source: Host, destination: Host, options: Sequence[str]) -> None:
+        """Somebody ends at one state."""
+        case = self.rng.choice(KILLS)
+        port = next(self.ports)
+        owner = run_case(case, source, destination, t.program, port, t.check, *options, layout=t.stable)
+        self.counts["faults"] += 1
+        self.counts[f"fault {case.who.name.lower()} at a state"] += 1
+        if owner is Owner.DESTINATION and state_of(source, t.program.pid) == "T":
+            source.kill(t.program.pid)  # the word of a person who knows where it runs
+            self.counts["originals ended by hand"] += 1
+
+    def disturbed(self, t: Traveller, source: Host, destination: Host, options: Sequence[str]) -> None:
+        """Several faults at random moments, before and after commit."""
+        with self._under_faults(t, source, destination, options) as move:
+            owner = move.run()
+            self.counts[f"disturbed, ended at the {owner}"] += 1
+            t.check()
+            move.nothing_stays()
+
+    def lost(self, t: Traveller, source: Host, destination: Host, options: Sequence[str]) -> None:
+        """One of the hosts is lost for good."""
+        with self._under_faults(t, source, destination, options, lazily=True) as move:
+            # Only the writer does not mind to have been ahead of itself: it keeps nothing outside its memory.
+            if t.kind == "writer" and self.rng.random() < 0.5:
+                move.lose_destination()
+                if t.program.host is not source:
+                    t.program.host = destination
+            else:
+                move.lose_source()
+                t.program.host = destination
+            if t.program.host.alive(t.program.pid):
+                t.check()
+            move.nothing_stays()
+        if not t.program.host.alive(t.program.pid):
+            t.start()
+            t.check()
+
+    @contextlib.contextmanager
+    def _under_faults(
+        self,
+        t: Traveller,
+        source: Host,
+        destination: Host,
+        options: Sequence[str],
+        *,
+        lazily: bool = False,
+    ) -> Iterator[Disturbed]:
+        mode = "postcopy" if lazily else self.rng.choice(LAZY_MODES)
+        limit = self.rng.choice(("8M", "16M") if lazily else ("8M", "16M", "50M", "4G"))
+        by_tls = self.rng.random() < 0.4
+        wires = (t.keys[source.name], t.keys[destination.name]) if by_tls else (INSECURE, INSECURE)
+        with (
+            tempfile.TemporaryDirectory(dir=self.tmp, prefix="state-") as state,
+            Disturbed(
+                source,
+                destination,
+                t.program,
+                self.rng,
+                self.counts,
+                port=next(self.ports),
+                state=Path(state),
+                wires=wires,
+                options=("--mode", mode, "--bandwidth-limit", limit, *options),
+            ) as move,
+        ):
+            move.tell(f"{t.kind} {t.program.pid} by {mode} at {limit}{' with TLS' if by_tls else ''}")
+            self.counts["moves by TLS"] += by_tls
+            try:
+                yield move
+            except BaseException:
+                print("\n".join(move.story), file=sys.stderr)
+                raise
+
+
+def processes(host: Host) -> str:
+    """Of a host: for whoever has to find out what went wrong."""
+    lines = []
+    for pid in host.pids():
+        with contextlib.suppress(OSError):
+            words = (host.proc / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()[-60:]
+            wait = (host.proc / str(pid) / "wchan").read_text()
+            lines.append(f"{pid} {state_of(host, pid)} {wait} {words}")
+    return "\n    ".join(lines)
+
+
+def namespaces_in_use(known: set[str]) -> int:
+    """How many processes of this machine are in one of these pid or network namespaces."""
+    found = 0
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found += bool(known & {os.readlink(path / "ns" / kind) for kind in ("pid", "net", "mnt")})
+    return found
 
 
 def main() -> int:
@@ -114,27 +267,45 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--programs", default="writer,python,redis")
+    parser.add_argument("--first", type=int, default=1, help="begin with this move of those of the seed")
     arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
-    print(f"seed {arguments.seed}", flush=True)
-    counts: collections.Counter = collections.Counter(moves=0, faults=0, corruptions=0, violations=0)
-    stack: list = []
-    ports = itertools.cycle(range(7100, 9100))
-    end = time.monotonic() + 60 * arguments.minutes
+    return soak(arguments.seed, arguments.minutes, arguments.programs.split(","), arguments.first)
+
+
+def soak(seed: int, minutes: float, programs: Sequence[str], first: int = 1) -> int:
+    """The exit status; the counts go to standard output."""
+    rng = random.Random(seed)
+    print(f"seed {seed}", flush=True)
+    zero = ("moves", "faults", "abandons", "corruptions", "violations", "left behind")
+    counts: collections.Counter[str] = collections.Counter(dict.fromkeys(zero, 0))
+    mounts = Path("/proc/self/mounts").read_text()
+    end = time.monotonic() + 60 * minutes
     status = 0
-    with tempfile.TemporaryDirectory(prefix="lazymig-soak-") as tmp:
-        try:
-            travellers = [Traveller(kind, Path(tmp), stack) for kind in arguments.programs.split(",")]
+    spaces: set[str] = set()
+    try:
+        with tempfile.TemporaryDirectory(prefix="lazymig-soak-") as tmp, contextlib.ExitStack() as stack:
+            travellers = [Traveller(kind, Path(tmp), stack, rng) for kind in programs]
+            inits = [Path("/proc", str(h.init_pid), "ns") for t in travellers for h in t.hosts]
+            spaces = {os.readlink(ns / kind) for ns in inits for kind in ("pid", "net", "mnt")}
+            work = Soak(seed, counts, Path(tmp))
+            work.tried = first - 1
             while time.monotonic() < end:
-                once(rng.choice(travellers), rng, next(ports), counts)
-        except (AssertionError, HostError, TimeoutError) as e:
-            counts["corruptions" if isinstance(e, CorruptError) else "violations"] += 1
-            print(f"wrong: {e}", file=sys.stderr)
-            status = 1
-        finally:
-            while stack:
-                stack.pop().__exit__(None, None, None)
-    print(json.dumps({"seed": arguments.seed, **dict(sorted(counts.items()))}))
+                work.once(travellers)
+            for host in (h for t in travellers for h in t.hosts):
+                left = {p.name for p in (host.root / "run/lazymig").glob("**/*")} - {"kdat.json", "engines"}
+                if left:
+                    raise LeftError(f"in /run/lazymig of {host.name}: {left}")
+        wait_for("the end of the hosts", lambda: not namespaces_in_use(spaces))
+        if Path("/proc/self/mounts").read_text() != mounts:
+            raise LeftError("mounts")
+    except (AssertionError, HostError, TimeoutError) as e:
+        kinds = {CorruptError: "corruptions", LeftError: "left behind"}
+        counts[kinds.get(type(e), "violations")] += 1
+        traceback.print_exc()
+        print(f"wrong: {type(e).__name__}: {e}", file=sys.stderr)
+        status = 1
+    counts["recoveries"] = sum(n for name, n in counts.items() if name.startswith("recoveries "))
+    print(json.dumps({"seed": seed, **dict(sorted(counts.items()))}))
     return status
 
 
