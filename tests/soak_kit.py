@@ -20,9 +20,7 @@ from lazymig.migrate.failures import Owner
 
 MENDED_S = 120.0  # everything works again: by then the migration must have come to an end
 _LOOK_S = 0.02
-_TWICE = (
-    3  # looks in a row that show a process running at both hosts: one may fall on a husk that is being killed
-)
+_TWICE_S = 0.5  # a process may seem to run at both hosts for a moment: while one of the two is being killed
 _PATIENCE = {"LAZYMIG_PATIENCE": "6"}
 _RUNS = ("R", "S", "D")
 _GONE = ("", "Z", "X")
