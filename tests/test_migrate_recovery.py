@@ -7,8 +7,10 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from kill_kit import SEED, state_of
 
 from lazymig.demo.hosts import DEVNULL
 from lazymig.demo.moves import COMMAND, INSECURE, Command, Daemon
+from lazymig.migrate import registry
 from lazymig.migrate.channel import encode
 
 BOUND = ("--link-timeout", "2s")
@@ -506,3 +509,21 @@ def test_an_engine_that_is_killed_before_commit_leaves_nothing_to_recover(pair):
     assert (code(failed), failed["committed"]) == ("not-committed", False)
     assert under_way(pair.source) == []
     goes_on(writer)
+
+
+def test_an_original_that_is_yet_to_stop_is_not_forgotten(tmp_path):
+    """When its tracer dies it seems to run until its threads have stopped; that is no reason to take it for running."""
+    with subprocess.Popen(["sleep", "60"]) as original:
+        try:
+            start = registry.start_time(original.pid)
+            entry = registry.Entry(tmp_path, "1", pid=original.pid, start=start, role="source")
+            entry.set(state="rounds")
+            entry.close()
+            threading.Timer(0.2, original.send_signal, [signal.SIGSTOP]).start()
+            registry.forget_ended(tmp_path)
+            assert registry.entry_of(tmp_path, "1") is not None
+            original.send_signal(signal.SIGCONT)
+            registry.forget_ended(tmp_path)
+            assert registry.entry_of(tmp_path, "1") is None
+        finally:
+            original.kill()

@@ -229,7 +229,7 @@ def _end_original(directory: Path, entry: Event, *, wake: bool) -> None:
     except ProcessLookupError:
         pidfd = -1
     if pidfd >= 0:
-        if registry.start_time(pid) == entry.get("start") and registry.is_stopped(pid):
+        if registry.is_held(entry):
             signal.pidfd_send_signal(pidfd, signal.SIGCONT if wake else signal.SIGKILL)
         elif wake:
             raise ProcessGoneError("the original is not there any more, stopped", subject=f"pid {pid}")

@@ -26,6 +26,7 @@ _EVERY_S = 1.0
 # What a migration has beside its entry; the last is kept when the rest is forgotten, see `mark_abandoned`.
 _SUFFIXES = (".json", ".new", ".keeper", ".worker", ".pages", ".pages-new", ".order")
 _ABANDONED = ".abandoned"
+STOPS_WITHIN_S, _LOOK_S = 1.0, 0.005  # a process whose tracer died, after it was told to stop
 _KEEP_FOREIGN_S = 7 * 24 * 3600.0
 _KEEP_DONE_S = 24 * 3600.0  # a source that was away may still ask for the end of its migration
 
@@ -209,12 +210,11 @@ def is_abandoned(directory: Path, number: str) -> bool:
 def forget_ended(directory: Path) -> None:
     """Removes migrations of a source that nobody sees to, unless their stopped original is still there."""
     for entry in list(entries(directory, foreign=True)):
-        pid = int(entry.get("pid", 0))
         if entry.get("pid_namespace") != _namespace():
             if not entry["alive"] and time.time() - float(entry.get("since", 0)) > _KEEP_FOREIGN_S:
                 forget(directory, entry["id"])
             continue  # there the number is another process's
-        if not entry["alive"] and not (start_time(pid) == entry.get("start") and is_stopped(pid)):
+        if not entry["alive"] and not is_held(entry):
             forget(directory, entry["id"])
 
 
@@ -225,6 +225,21 @@ def is_stopped(pid: int) -> bool:
     except (FileNotFoundError, ProcessGoneError):
         return False
     return status.state in ("t", "T") or bool(status.shared_pending >> signal.SIGSTOP - 1 & 1)
+
+
+def is_held(entry: dict[str, Any]) -> bool:
+    """Whether the original of a migration that nobody sees to is there, stopped.
+
+    Looks for a while: when its tracer has just died, it seems to run until it has had its turn to stop again.
+    """
+    pid, end = int(entry["pid"]), time.monotonic() + STOPS_WITHIN_S
+    while registered := start_time(pid) == entry.get("start"):
+        if is_stopped(pid):
+            return True
+        if time.monotonic() > end:
+            break
+        time.sleep(_LOOK_S)
+    return registered and is_stopped(pid)
 
 
 def is_stale(entry: dict[str, Any]) -> bool:

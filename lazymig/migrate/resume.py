@@ -169,7 +169,7 @@ class ResumedMigration:
         except ProcessLookupError:
             self._over()
             raise ProcessGoneError("the original has ended", subject=f"pid {pid}") from None
-        if registry.start_time(pid) == fields["start"] and registry.is_stopped(pid):
+        if registry.is_held(fields):
             return pidfd
         os.close(pidfd)
         self._over()

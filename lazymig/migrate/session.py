@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -30,6 +31,19 @@ from lazymig.secure.doors import doors_of
 
 Event = dict[str, Any]
 Make = Callable[[Callable[[Event], None]], SourceMigration | ResumedMigration]
+_LOOK_S = 0.005
+
+
+class _Told:
+    """Passes events on, and remembers whether one of them was the commit."""
+
+    def __init__(self, on_event: Callable[[Event], None]) -> None:
+        self._on_event = on_event
+        self.committed = False
+
+    def __call__(self, event: Event) -> None:
+        self.committed = self.committed or event["event"] == "commit"
+        self._on_event(event)
 
 
 def run_resumed(
@@ -69,18 +83,22 @@ def _run(make: Make, on_event: Callable[[Event], None], pid: int | None, wire: W
         finally:
             os._exit(status)
     theirs.close()
+    told = _Told(on_event)
     with ours:
-        final = _follow(ours, on_event)
+        final = _follow(ours, told)
     os.waitpid(child, 0)
     if not final:
-        if pid is None or (not stopped_before and _stopped(pid)):
-            on_event({"event": "commit"})  # it got as far as that, and could not tell any more
+        if pid is None or told.committed or (not stopped_before and _held(pid)):
+            if not told.committed:
+                on_event({"event": "commit"})  # it got as far as that, and could not tell any more
             raise LazymigError(
                 "the migration's engine was killed after commit; the original stays frozen",
                 code="engine-lost",
                 hint="lazymig migrations names it, lazymig migrate --resume ID goes on with it",
             )
-        registry.forget_ended(registry.ENGINES)
+        for entry in list(registry.entries(registry.ENGINES)):
+            if not entry["alive"] and entry.get("pid") == pid and not stopped_before:
+                registry.forget(registry.ENGINES, entry["id"])
         raise LazymigError(
             "the migration's engine was killed before commit",
             code="engine-lost",
@@ -95,6 +113,14 @@ def _stopped(pid: int) -> bool:
     except (FileNotFoundError, ProcessGoneError):
         return False
     return status.state == "T" or bool(status.shared_pending >> signal.SIGSTOP - 1 & 1)
+
+
+def _held(pid: int) -> bool:
+    """The same when its tracer has just died: it may seem to run until each of its threads has had a turn to stop."""
+    end = time.monotonic() + registry.STOPS_WITHIN_S
+    while not (stopped := _stopped(pid)) and time.monotonic() < end and procfs.lives(pid):
+        time.sleep(_LOOK_S)
+    return stopped
 
 
 def _follow(sock: socket.socket, on_event: Callable[[Event], None]) -> bool:
