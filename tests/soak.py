@@ -45,7 +45,8 @@ PLAIN, MATRIX, DISTURBED, LOST = 20, 15, 53, 12
 KILLS = [c for c in CASES if c.who is not Who.PROCESS]
 SETTLE_S = 0.2
 # Of the two hosts, as a moved process needs its number: where those of programs begin, and how far off all others'.
-PIDS, OTHERS = (10000, 20000), 5000
+# A program's threads come later, so with each move the others begin where nobody was yet.
+PIDS, OTHERS, MOST_OTHERS = (10000, 2000000), 5000, 1000
 
 
 class CorruptError(AssertionError):
@@ -96,7 +97,8 @@ class Traveller:
     def number(self, offset: int) -> None:
         """Has the next process of each host get a number so far behind its first."""
         for host, first in zip(self.hosts, PIDS, strict=True):
-            host.run(["sh", "-c", f"echo {first + offset} > /proc/sys/kernel/ns_last_pid"], check=True)
+            numbers = "echo 4194304 > /proc/sys/kernel/pid_max; echo $0 > /proc/sys/kernel/ns_last_pid"
+            host.run(["sh", "-c", numbers, str(first + offset)], check=True)
 
     def check(self) -> None:
         """Asserts that it is whole and works. Raises CorruptError."""
@@ -144,7 +146,7 @@ class Soak:
         t = self.rng.choice(travellers)
         source = t.program.host
         destination = next(h for h in t.hosts if h is not source)
-        t.number(OTHERS)
+        t.number(OTHERS + self.tried * MOST_OTHERS)
         (how,) = self.rng.choices(
             (self.plain, self.matrix, self.disturbed, self.lost), (PLAIN, MATRIX, DISTURBED, LOST)
         )

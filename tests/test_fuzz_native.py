@@ -8,9 +8,11 @@ from pathlib import Path
 from test_native_sanitized import SANITIZE
 
 from lazymig.native_build import FLAGS, ROOT
+from lazymig.secure.authority import Authority
 
 NATIVE = Path(__file__).parent / "native"
 PAGES = [c for f in ("lazymig/uffd", "page_server") for c in sorted((ROOT / f).glob("*.c"))]
+TLS = [ROOT / "lazymig/secure" / n for n in ("pump.c", "tls.c")]
 PAGES += [ROOT / "lazymig/kernel" / n for n in ("ranges.c", "pageindex.c", "pagemap.c")]
 
 
@@ -34,3 +36,8 @@ def test_damaged_streams(tmp_path):
 
 def test_damaged_criu_streams(tmp_path):
     fuzz(tmp_path, "fuzz_criu", PAGES, 1, 200)
+
+
+def test_tls_through_a_hostile_middle(tmp_path):
+    place = Authority.create(tmp_path / "tls").issue("soak").directory
+    fuzz(tmp_path, "fuzz_tls", TLS, place, 1, 60, libraries=("-lssl", "-lcrypto"))
