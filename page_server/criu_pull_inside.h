@@ -50,7 +50,7 @@ struct lm_pull {
 	lm_pull_record *record, own;
 	lm_pull_sent in_flight[LM_PULL_RING]; /* of request n at n % LM_PULL_RING */
 	uint64_t flying;                      /* bytes asked for and not come */
-	bool uncounted;                       /* no TCP socket but a door: it does not tell what went through it */
+	bool uncounted;                       /* no TCP socket: it does not tell what went through it */
 	uint64_t flushed;                     /* bytes of requests that the socket took */
 	uint64_t placed;                      /* pages of the reply that is due that were placed or thrown away */
 	uint64_t taken;                       /* bytes of that reply's pages */

@@ -11,6 +11,7 @@ import time
 
 import pytest
 from checkpoint_kit import PORT, command, dump, ok, restore, serving, works
+from dropin_kit import slow_link
 from harness import PROGRAMS, Snapshot, Watched, appended, goes_on, judge, settled, untouched, wait_for
 from secure_kit import Keys, shows
 
@@ -204,6 +205,57 @@ def test_a_link_that_breaks_keeps_the_pages_and_another_takes_them(two_hosts, tm
         restore(destination, program, images, "--insecure", "--lazy", "--from", address)
         running.until("done", 20)
     goes_on(program, 0.1)
+
+
+@pytest.mark.parametrize("wire", ["plaintext", "tls"])
+def test_a_lazy_restore_connects_again(two_hosts, tmp_path, images, wire):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "64", "--threads", "2")
+    options = {"source": ("--insecure",), "destination": ("--insecure",)}
+    if wire == "tls":
+        keys = Keys(tmp_path / "keys", source.address, destination.address)
+        options = {name: shows(keys[name]) for name in options}
+    slow_link(source, "200mbit")
+    with serving(source, program, images, *options["source"]) as served:
+        words = ("restore", "-D", str(images), *options["destination"], "--lazy", "--from")
+        with Command(destination, *words, f"{source.address}:{PORT}", "--json") as running:
+            running.until("running", 20)
+            for side, expression in (
+                (source, ("sport", "=", f":{PORT}")),
+                (destination, ("dst", f":{PORT}")),
+            ):
+                time.sleep(0.3)
+                side.run(["ss", "-t", "-K", *expression], check=True)
+                paused = running.until("paused", 20)
+                assert 0 < running.until("resumed", 20)["left"] <= paused["left"] < 16384
+            slow_link(source, "10gbit")
+            running.until("done", 30)
+            assert running.program.wait(10) == 0
+        served.until("done", 20)
+    program.host = destination
+    goes_on(program, 0.1)
+
+
+def test_a_lazy_restore_whose_source_is_lost_waits_as_long_as_its_process(two_hosts, tmp_path, images):
+    source, destination = two_hosts
+    program = Writer(source, tmp_path / "writer", "--mib", "64")
+    slow_link(source, "200mbit")
+    with serving(source, program, images) as served:
+        words = ("restore", "-D", str(images), "--insecure", "--lazy", "--from", f"{source.address}:{PORT}")
+        with Command(destination, *words, "--json") as running:
+            running.until("running", 20)
+            served.program.kill()
+            running.until("paused", 20)
+            assert "reconnect" in running.until("warning", 20)["text"]
+            program.host = destination
+            program.host.kill(program.pid, signal.SIGUSR2)
+            size = program.out.stat().st_size
+            time.sleep(0.5)
+            assert destination.alive(program.pid)
+            assert program.out.stat().st_size == size, "a report came, of pages that are not here"
+            destination.kill(program.pid)
+            assert running.program.wait(20) == 4
+    source.kill(program.pid)
 
 
 def test_a_lazy_restore_is_not_ended_by_the_keyboard(two_hosts, tmp_path, images):

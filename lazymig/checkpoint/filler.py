@@ -18,9 +18,10 @@ from lazymig.images.content import opened
 from lazymig.images.framing import open_image
 from lazymig.images.pagemap import FileExtents, Resolved
 from lazymig.kernel.ranges import PAGE, RangeSet
-from lazymig.native import ffi, lib
+from lazymig.native import CData, ffi, lib
 from lazymig.uffd.lazy import LazyMemory
 from page_server import criu_link, criu_wire
+from page_server.threads import link_error
 
 _FIELDS = ("start", "end", "offset", "layer")
 _BLOCK = 256 << 10  # bytes placed at once: a fault waits for no more
@@ -40,7 +41,11 @@ class ImageFiller:
         self._ours, self._theirs = socket.socketpair()
         self._threads: list[threading.Thread] = []
         self._error: LazymigError | None = None
-        self._stop = False
+        self._stop = self._behind = False
+        self._lock = threading.Lock()  # of which fetcher there is, and whether it is to fetch all
+        self._old: list[
+            socket.socket
+        ] = []  # of earlier connections: their end would be taken for that of this one
         extents = resolved.extents()
         paths = list(dict.fromkeys(e.path for e in extents))
         number = {path: i for i, path in enumerate(paths)}
@@ -49,10 +54,14 @@ class ImageFiller:
         self._n = len(rows)
         # Kept open: the images may be moved away while the process is filled.
         self._fds += [open_image(path) for path in paths]
-        pull = lib.lm_pull_new(-1 if server is None else server.fileno(), wide, self._record)
+        self._pull = self._fetcher()
+
+    def _fetcher(self) -> CData:
+        server = -1 if self._server is None else self._server.fileno()
+        pull = lib.lm_pull_new(server, self._wide, self._record)
         if pull == ffi.NULL:
             raise MemoryError
-        self._pull = ffi.gc(pull, lib.lm_pull_free)
+        return ffi.gc(pull, lib.lm_pull_free)
 
     @property
     def fault_socket(self) -> socket.socket:
@@ -87,16 +96,34 @@ class ImageFiller:
 
     def attach(self, lazy: LazyMemory, pid: int, pending: RangeSet) -> None:
         """Serves the pages of ``pending``, which must all be among those resolved, or the server's."""
-        self._lazy = lazy
+        self._lazy, self._pid = lazy, pid
+        self._begin(pending)
+
+    def _begin(self, pending: RangeSet) -> None:
         if self._server is not None and (err := lib.lm_pull_begin(self._pull)):
             raise SyscallError("page server", err, subject="page server")
         fds = ffi.new("int[]", self._fds)
         err = lib.lm_pull_add(
-            self._pull, lazy.table, pid, self._ours.fileno(), pending.ptr, len(pending),
+            self._pull, self._lazy.table, self._pid, self._ours.fileno(), pending.ptr, len(pending),
             self._pieces, self._n, fds, len(self._fds),
         )  # fmt: skip
         if err:
             raise SyscallError("lm_pull_add", err, subject="lazy memory")
+
+    def reconnect(self, server: socket.socket) -> None:
+        """After a PeerLostError: gets from this server what has not come. It becomes the filler's. LazymigError."""
+        assert self._server is not None
+        with self._lock:
+            self._server.close()
+            self._old += (self._ours, self._theirs)
+            self._server, self._error = server, None
+            self._ours, self._theirs = socket.socketpair()
+            self._pull = self._fetcher()
+            self._begin(self._lazy.pending())
+            self._lazy.attach(self._theirs)
+            if self._behind:
+                lib.lm_pull_background(self._pull)
+        self.start()
 
     def start(self) -> None:
         """Answers faults from now on."""
@@ -121,7 +148,8 @@ class ImageFiller:
                 "a pages file was cut short", code="bad-image", subject="images", hint=hint
             )
         else:
-            self._error = PeerLostError(os.strerror(err), subject="page server", hint=hint)
+            self._error = link_error(err, "page server", "page server")
+            self._error.hint = hint
 
     def _fill(self, first: Sequence[FileExtents]) -> None:
         buffer = bytearray(_BLOCK)
@@ -138,11 +166,13 @@ class ImageFiller:
                             return  # the loop finds it out too, and tells
                         lib.lm_lazy_place(self._lazy.table, start, size // PAGE, data)
                         start, offset = start + size, offset + size
-        lib.lm_pull_background(self._pull)
+        with self._lock:
+            self._behind = True
+            lib.lm_pull_background(self._pull)
 
     @property
     def error(self) -> LazymigError | None:
-        """Why pages do not come any more; None while all is well."""
+        """Why pages do not come any more; None while all is well. PeerLostError: `reconnect` helps."""
         return self._error
 
     def _end(self) -> None:
@@ -169,7 +199,7 @@ class ImageFiller:
         self._end()
         if self._server is not None:
             self._server.close()
-        for sock in (self._ours, self._theirs):
+        for sock in (self._ours, self._theirs, *self._old):
             sock.close()
         for fd in self._fds:
             if fd >= 0:

@@ -23,7 +23,7 @@ from lazymig.arch import PAGE_SIZE, Registers
 from lazymig.checkpoint import shared_memory
 from lazymig.checkpoint.filler import ImageFiller
 from lazymig.checkpoint.load import Loaded, load, required, speaks_wide
-from lazymig.errors import LazymigError
+from lazymig.errors import LazymigError, PeerLostError
 from lazymig.images.check import require_sound
 from lazymig.kernel import ptrace
 from lazymig.kernel.ranges import RangeSet
@@ -43,6 +43,7 @@ Event = dict[str, Any]
 
 _STACK = 4 * PAGE_SIZE  # above a stack pointer, that a thread uses at once
 _LOOK_S = 0.2
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 5.0  # between attempts to reconnect
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ async def _restore(options: RestoreOptions, emit: Callable[[Event], None]) -> Ev
         lazy = work.lazy.pages
         emit({"event": "running", "pid": loaded.pid, "ms": (running - started) * 1e3, "lazy_pages": lazy})
         try:
-            stats = await work.fill()
+            stats = await work.fill(emit)
         except LazymigError as e:
             return {"event": "failed", "error": e.to_wire(), "committed": True}
     return {
@@ -120,7 +121,7 @@ class Restore:
         source: tuple[str, int] | None = None,
         wire: Wire | None = None,
     ) -> None:
-        self._wire = wire or Wire()
+        self._wire, self._source = wire or Wire(), source
         self.loaded = loaded
         self.remote = loaded.memory.resolve(loaded.pages).lazy
         self.lazy = self._lazy() if lazy else RangeSet()
@@ -210,15 +211,15 @@ class Restore:
         files = self.loaded.memory.resolve(pages).files()
         place_files(self.builder.skeleton, files, self.builder.mem_fd)
 
-    async def fill(self) -> Event:
-        """Brings the lazy pages, then lets go of the process. Counts for the last event."""
+    async def fill(self, emit: Callable[[Event], None]) -> Event:
+        """Brings the lazy pages, then lets go of the process. Counts for the last event. LazymigError."""
         builder, filler = self.builder, self.filler
         stats: Event = {}
         if filler is not None:
             assert builder.lazy is not None
             filler.background(self.loaded.memory.resolve(self._hot()).files())
             with trio.CancelScope(shield=True):
-                await self._wait(builder.lazy, filler)
+                await self._wait(builder.lazy, filler, emit)
             filler.say_goodbye()
             s = builder.lazy.stats()
             stats = {"faults": s.faults, "stall_ms": s.stall_ns / 1e6}
@@ -227,13 +228,36 @@ class Restore:
         builder.close()
         return stats
 
-    @staticmethod
-    async def _wait(lazy: LazyMemory, filler: ImageFiller) -> None:
+    async def _wait(self, lazy: LazyMemory, filler: ImageFiller, emit: Callable[[Event], None]) -> None:
         while lazy.remaining:
             with trio.move_on_after(_LOOK_S):
                 await lazy.wait_done()
-            if filler.error is not None:
+            if isinstance(filler.error, PeerLostError):
+                await self._reconnect(lazy, filler, emit)
+            elif filler.error is not None:
                 raise filler.error
+
+    async def _reconnect(self, lazy: LazyMemory, filler: ImageFiller, emit: Callable[[Event], None]) -> None:
+        """Connects with the source again: without a bound, as nobody else has the pages. LazymigError."""
+        assert filler.error is not None
+        assert self._source is not None
+        emit({"event": "paused", "left": lazy.remaining, "error": filler.error.to_wire()})
+        delay, told = _FIRST_DELAY_S, ""
+        while lazy.remaining:
+            try:
+                server = await trio.to_thread.run_sync(self._connect, *self._source)
+                criu_link.settle(server)
+                filler.reconnect(server)
+                emit({"event": "resumed", "left": lazy.remaining})
+                return
+            except LazymigError as e:
+                if str(e) != told:
+                    told = str(e)
+                    emit({"event": "warning", "text": f"cannot reconnect yet: {told}"})
+            await trio.sleep(delay)
+            lazy.look()  # with its process the pages end that it lacks
+            delay = min(delay * 2, _LONGEST_DELAY_S)
+        raise filler.error
 
     def _hot(self) -> RangeSet:
         """Lazy pages that are likely to be needed first.
