@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, cast
@@ -38,6 +39,9 @@ class Command:
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
         )
         self._rest = b""
+        self._read: deque[tuple[bytes, int]] = (
+            deque()
+        )  # lines that nobody has asked for yet, and when they came
 
     def follow(self, timeout: float) -> Iterator[Event]:
         """Yields events until the command closes its output; raises TimeoutError after ``timeout`` seconds."""
@@ -46,19 +50,24 @@ class Command:
         end = time.monotonic() + timeout
         poll = select.poll()
         poll.register(out, select.POLLIN)
+        ended = False
         while True:
+            # One look may bring several, and who follows may stop after any of them.
+            while self._read:
+                line, arrived = self._read.popleft()
+                event = json.loads(line)
+                self.events.append(event)
+                self.arrivals.append(arrived)
+                yield event
+            if ended:
+                return
             if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
                 name = " ".join(self.program.argv[3:])
                 raise TimeoutError(f"{name}: nothing more within {timeout:g} s; {self.events[-3:]}")
             data = os.read(out.fileno(), 1 << 16)
             *lines, self._rest = (self._rest + data).split(b"\n")
-            for line in lines:
-                event = json.loads(line)
-                self.events.append(event)
-                self.arrivals.append(time.time_ns())
-                yield event
-            if not data:
-                return
+            self._read.extend((line, time.time_ns()) for line in lines)
+            ended = not data
 
     def until(self, kind: str, timeout: float) -> Event:
         """The next event of this kind; raises HostError when the command ends before."""
