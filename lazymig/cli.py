@@ -118,7 +118,8 @@ def check(as_json: bool, no_cache: bool) -> None:
     "--page-server",
     "from_server",
     is_flag=True,
-    help="With -D: fetch from criu dump --lazy-pages or from a page server, and not from the images.",
+    help="With -D: fetch from criu dump --lazy-pages or from a page server, and not from the images. With "
+    "certificates that one needs its --tls.",
 )
 @click.option("--address", default=opt.LOOPBACK, show_default=True, help="With -D: the page server's.")
 @click.option("--port", type=click.IntRange(1, 65535), help="With -D: the page server's.")

@@ -139,6 +139,10 @@ def test_who_is_refused_by_criu_leaves_the_original_running(setting):
     with setting.dump_through_tls() as dump:
         setting.refused(dump, "tls-required", "--insecure")
     with setting.dump_lazily() as dump:
+        with setting.daemon() as daemon:
+            daemon.ends(1)
+        assert daemon.find("failed")["error"]["code"] == "no-certificate"
+        assert dump.poll() is None
         error = setting.refused(dump, "tls-closed", *shows(ours))
         assert "TLS" in error["hint"]
     with setting.dump_lazily() as dump:

@@ -301,8 +301,11 @@ def test_a_reset_is_not_told_as_an_end(to_another_program, busy):
     plain, there = to_another_program(plain="tcp")
     plain.sendall(b"question")
     assert there.recv(99) == b"question"
-    if busy:
-        there.sendall(bytes(1 << 20))  # more than the plain side has room for, so it is being written to
+    if busy:  # more than the plain side has room for, so it is being written to
+        there.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            there.sendall(bytes(64 << 20))
+        there.settimeout(20)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     plain.close()
     with pytest.raises((ConnectionResetError, ssl.SSLError)):
