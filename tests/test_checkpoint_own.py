@@ -207,6 +207,10 @@ def test_a_link_that_breaks_keeps_the_pages_and_another_takes_them(two_hosts, tm
     goes_on(program, 0.1)
 
 
+def stopped(host, pid):
+    return (host.proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 @pytest.mark.parametrize("wire", ["plaintext", "tls"])
 def test_a_lazy_restore_connects_again(two_hosts, tmp_path, images, wire):
     source, destination = two_hosts
@@ -218,7 +222,8 @@ def test_a_lazy_restore_connects_again(two_hosts, tmp_path, images, wire):
     slow_link(source, "200mbit")
     with serving(source, program, images, *options["source"]) as served:
         words = ("restore", "-D", str(images), *options["destination"], "--lazy", "--from")
-        with Command(destination, *words, f"{source.address}:{PORT}", "--json") as running:
+        fault = {"LAZYMIG_FAULT": "restore:goodbye:stop"}
+        with Command(destination, *words, f"{source.address}:{PORT}", "--json", env=fault) as running:
             running.until("running", 20)
             for side, expression in (
                 (source, ("sport", "=", f":{PORT}")),
@@ -229,6 +234,10 @@ def test_a_lazy_restore_connects_again(two_hosts, tmp_path, images, wire):
                 paused = running.until("paused", 20)
                 assert 0 < running.until("resumed", 20)["left"] <= paused["left"] < 16384
             slow_link(source, "10gbit")
+            # All is here, and the source does not know yet.
+            wait_for("all but the goodbye", lambda: stopped(destination, running.program.pid), 30)
+            source.run(["ss", "-t", "-K", "sport", "=", f":{PORT}"], check=True)
+            destination.kill(running.program.pid, signal.SIGCONT)
             running.until("done", 30)
             assert running.program.wait(10) == 0
         served.until("done", 20)

@@ -116,7 +116,7 @@ class ImageFiller:
         with self._lock:
             self._server.close()
             self._old += (self._ours, self._theirs)
-            self._server, self._error = server, None
+            self._server, self._error, self._stop = server, None, False
             self._ours, self._theirs = socket.socketpair()
             self._pull = self._fetcher()
             self._begin(self._lazy.pending())

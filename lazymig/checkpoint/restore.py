@@ -44,6 +44,7 @@ Event = dict[str, Any]
 _STACK = 4 * PAGE_SIZE  # above a stack pointer, that a thread uses at once
 _LOOK_S = 0.2
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 5.0  # between attempts to reconnect
+_GOODBYE_S = 10.0  # for as long, when only the goodbye is left to say
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,8 @@ class Restore:
             filler.background(self.loaded.memory.resolve(self._hot()).files())
             with trio.CancelScope(shield=True):
                 await self._wait(builder.lazy, filler, emit)
-            filler.say_goodbye()
+            fault_point("restore", "goodbye")
+            await self._say_goodbye(filler)
             s = builder.lazy.stats()
             stats = {"faults": s.faults, "stall_ms": s.stall_ns / 1e6}
             filler.close()
@@ -236,6 +238,23 @@ class Restore:
                 await self._reconnect(lazy, filler, emit)
             elif filler.error is not None:
                 raise filler.error
+
+    async def _say_goodbye(self, filler: ImageFiller) -> None:
+        """Also over a new connection, when that one has broken: a source keeps everything until it hears it."""
+        delay, until = _FIRST_DELAY_S, trio.current_time() + _GOODBYE_S
+        while True:
+            try:
+                filler.say_goodbye()
+                return
+            except PeerLostError:
+                if self._source is None or trio.current_time() >= until:
+                    raise
+            await trio.sleep(delay)
+            delay = min(delay * 2, _LONGEST_DELAY_S)
+            with contextlib.suppress(LazymigError):
+                server = await trio.to_thread.run_sync(self._connect, *self._source)
+                criu_link.settle(server)
+                filler.reconnect(server)
 
     async def _reconnect(self, lazy: LazyMemory, filler: ImageFiller, emit: Callable[[Event], None]) -> None:
         """Connects with the source again: without a bound, as nobody else has the pages. LazymigError."""
