@@ -142,7 +142,8 @@ class Snapshot:
 
     def same(self, other: Snapshot, *, layout: bool = True) -> None:
         """Asserts that nothing differs. ``layout``: also mappings and threads (they vary while a program churns)."""
-        assert other.status == self.status
+        changed = {k: (v, other.status.get(k)) for k, v in self.status.items() if v != other.status.get(k)}
+        assert not changed.keys() - (set() if layout else {"Threads"}), changed
         assert other.descriptors == self.descriptors
         assert other.timers == self.timers
         assert other.limits == self.limits

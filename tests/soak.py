@@ -44,9 +44,8 @@ LAZY_MODES = ("postcopy", "postcopy", "hybrid", "precopy")
 PLAIN, MATRIX, DISTURBED, LOST = 20, 15, 53, 12
 KILLS = [c for c in CASES if c.who is not Who.PROCESS]
 SETTLE_S = 0.2
-# Of the two hosts, as a moved process needs its number: where those of programs begin, and how far off all others'.
-# A program's threads come later, so with each move the others begin where nobody was yet.
-PIDS, OTHERS, MOST_OTHERS = (10000, 2000000), 5000, 1000
+# A moved process and its threads need their numbers: so in each move all others' begin where nobody was yet.
+FIRST, OTHERS, MOST_OTHERS = 10000, 5000, 1000
 
 
 class CorruptError(AssertionError):
@@ -58,11 +57,11 @@ class Traveller:
 
     def __init__(self, kind: str, tmp: Path, stack: contextlib.ExitStack, rng: random.Random) -> None:
         self.kind, self.tmp, self.rng = kind, tmp, rng
-        self.hosts = tuple(
-            stack.enter_context(Host(n, last_pid=p))
-            for n, p in zip(("source", "destination"), PIDS, strict=True)
-        )
+        self.hosts = tuple(stack.enter_context(Host(n)) for n in ("source", "destination"))
         Link(*self.hosts)
+        most = int(self.hosts[0].run(["cat", "/proc/sys/kernel/pid_max"], check=True).stdout)
+        self.first_pids = (FIRST, most // 2)
+        self.room = most // 2 - FIRST - MOST_OTHERS
         self.stable = False  # its mappings do not change by themselves
         self.started = 0
         if kind == "redis":
@@ -96,9 +95,9 @@ class Traveller:
 
     def number(self, offset: int) -> None:
         """Has the next process of each host get a number so far behind its first."""
-        for host, first in zip(self.hosts, PIDS, strict=True):
-            numbers = "echo 4194304 > /proc/sys/kernel/pid_max; echo $0 > /proc/sys/kernel/ns_last_pid"
-            host.run(["sh", "-c", numbers, str(first + offset)], check=True)
+        for host, first in zip(self.hosts, self.first_pids, strict=True):
+            number = first + offset % self.room
+            host.run(["sh", "-c", f"echo {number} > /proc/sys/kernel/ns_last_pid"], check=True)
 
     def check(self) -> None:
         """Asserts that it is whole and works. Raises CorruptError."""
