@@ -41,7 +41,7 @@ from lazymig.secure.tls import CA, CERT, CRL, KEY
 MODES = ("hybrid", "precopy", "postcopy", "stop-and-copy")
 LAZY_MODES = ("postcopy", "postcopy", "hybrid", "precopy")
 # Of 100 moves: how many are plain, have somebody of the kill matrix end, are disturbed, and lose a host.
-PLAIN, MATRIX, DISTURBED, LOST = 20, 15, 53, 12
+WEIGHTS = (20, 15, 53, 12)
 KILLS = [c for c in CASES if c.who is not Who.PROCESS]
 SETTLE_S = 0.2
 # A moved process and its threads need their numbers: so in each move all others' begin where nobody was yet.
@@ -132,7 +132,11 @@ def keys(directory: Path, hosts: Sequence[Host]) -> dict[str, Sequence[str]]:
 class Soak:
     """The programs, and what has happened to them so far."""
 
-    def __init__(self, seed: int, counts: collections.Counter[str], tmp: Path) -> None:
+    def __init__(
+        self, seed: int, counts: collections.Counter[str], tmp: Path, *, disturbed: bool = False
+    ) -> None:
+        """``disturbed``: all moves are."""
+        self.weights = (0, 0, 1, 0) if disturbed else WEIGHTS
         self.seed, self.counts, self.tmp = seed, counts, tmp
         self.tried = 0
         self.rng = random.Random()
@@ -146,9 +150,7 @@ class Soak:
         source = t.program.host
         destination = next(h for h in t.hosts if h is not source)
         t.number(OTHERS + self.tried * MOST_OTHERS)
-        (how,) = self.rng.choices(
-            (self.plain, self.matrix, self.disturbed, self.lost), (PLAIN, MATRIX, DISTURBED, LOST)
-        )
+        (how,) = self.rng.choices((self.plain, self.matrix, self.disturbed, self.lost), self.weights)
         options = ("--tcp-close",) if t.kind == "redis" else ()
         try:
             how(t, source, destination, options)
@@ -269,18 +271,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--programs", default="writer,python,redis")
     parser.add_argument("--first", type=int, default=1, help="begin with this move of those of the seed")
-    arguments = parser.parse_args()
-    return soak(arguments.seed, arguments.minutes, arguments.programs.split(","), arguments.first)
+    parser.add_argument("--moves", type=int, help="so many, instead of for so many minutes")
+    parser.add_argument("--disturbed", action="store_true", help="only moves with faults at random moments")
+    return soak(parser.parse_args())
 
 
-def soak(seed: int, minutes: float, programs: Sequence[str], first: int = 1) -> int:
+def soak(arguments: argparse.Namespace) -> int:
     """The exit status; the counts go to standard output."""
+    seed, programs = arguments.seed, arguments.programs.split(",")
     rng = random.Random(seed)
     print(f"seed {seed}", flush=True)
     zero = ("moves", "faults", "abandons", "corruptions", "violations", "left behind")
     counts: collections.Counter[str] = collections.Counter(dict.fromkeys(zero, 0))
     mounts = Path("/proc/self/mounts").read_text()
-    end = time.monotonic() + 60 * minutes
+    end = time.monotonic() + 60 * arguments.minutes
     status = 0
     spaces: set[str] = set()
     try:
@@ -288,9 +292,10 @@ def soak(seed: int, minutes: float, programs: Sequence[str], first: int = 1) -> 
             travellers = [Traveller(kind, Path(tmp), stack, rng) for kind in programs]
             inits = [Path("/proc", str(h.init_pid), "ns") for t in travellers for h in t.hosts]
             spaces = {os.readlink(ns / kind) for ns in inits for kind in ("pid", "net", "mnt")}
-            work = Soak(seed, counts, Path(tmp))
-            work.tried = first - 1
-            while time.monotonic() < end:
+            work = Soak(seed, counts, Path(tmp), disturbed=arguments.disturbed)
+            work.tried = arguments.first - 1
+            last = arguments.first + arguments.moves - 1 if arguments.moves else None
+            while time.monotonic() < end if last is None else work.tried < last:
                 work.once(travellers)
             for host in (h for t in travellers for h in t.hosts):
                 left = {p.name for p in (host.root / "run/lazymig").glob("**/*")} - {"kdat.json", "engines"}

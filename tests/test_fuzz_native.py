@@ -50,4 +50,4 @@ def test_damaged_criu_streams(tmp_path, pages):
 
 def test_tls_through_a_hostile_middle(tmp_path):
     place = Authority.create(tmp_path / "tls").issue("soak").directory
-    fuzz(tmp_path, "fuzz_tls", [*TLS, "-lssl", "-lcrypto"], place, 1, 60)
+    fuzz(tmp_path, "fuzz_tls", [*TLS, "-lssl", "-lcrypto"], place, 1, 40)

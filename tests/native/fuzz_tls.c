@@ -18,13 +18,13 @@
 
 #include "lazymig/secure/tls.h"
 
-#define MOST (300u << 10)
+#define MOST (600u << 10)
 
 #define CHECK(what)                                                                  \
 	do {                                                                         \
 		if (!(what)) {                                                       \
 			fprintf(stderr, "seed %lu: line %d: %s\n", began, __LINE__, #what); \
-			exit(1);                                                     \
+			_exit(1); /* others run */                                   \
 		}                                                                    \
 	} while (0)
 
@@ -82,6 +82,7 @@ struct user {
 	int fd, direction;
 	size_t says, hears, leaves_after; /* the last: it hangs up when it has heard so much */
 	size_t expects;
+	useconds_t late; /* to hear, so that much waits for it */
 };
 
 static uint8_t byte_at(int direction, size_t i)
@@ -96,6 +97,7 @@ static void *use(void *arg)
 	size_t said = 0, i;
 	int saying = 1;
 
+	usleep(u->late);
 	for (;;) {
 		struct pollfd p = {u->fd, POLLIN, 0};
 		ssize_t n;
@@ -252,7 +254,8 @@ static void once(void)
 		/* Where bytes are left out both wait for more. */
 		ends[i].patience_ms = m.deed == NOTHING || m.deed == HOLD_UP ? 20000 : 300;
 		ends[i].unit = units[roll(&seed, 5)];
-		users[i] = (struct user){s[1], i, roll(&seed, roll(&seed, 3) ? MOST : 2000), 0, SIZE_MAX, 0};
+		users[i] = (struct user){s[1], i, roll(&seed, roll(&seed, 3) ? MOST : 2000), 0, SIZE_MAX, 0, 0};
+		users[i].late = roll(&seed, 4) ? 0 : (useconds_t)roll(&seed, 40000);
 		if (early && !roll(&seed, 2))
 			users[i].leaves_after = 1 + roll(&seed, MOST);
 	}
