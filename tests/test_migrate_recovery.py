@@ -527,3 +527,13 @@ def test_an_original_that_is_yet_to_stop_is_not_forgotten(tmp_path):
             assert registry.entry_of(tmp_path, "1") is None
         finally:
             original.kill()
+
+
+def test_marks_of_what_was_abandoned_long_ago_go(tmp_path):
+    for number in ("old", "new", "known"):
+        registry.mark_abandoned(tmp_path, number)
+    for number in ("old", "known"):
+        os.utime(tmp_path / f"{number}.abandoned", (0, 0))
+    (tmp_path / "known.json").touch()
+    registry.forget_marks(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["known.abandoned", "known.json", "new.abandoned"]

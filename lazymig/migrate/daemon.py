@@ -311,6 +311,7 @@ class Daemon:
         """Takes up what a daemon before this one had under way."""
         data = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         data.close()
+        registry.forget_marks(self._directory)
         for entry in list(registry.entries(self._directory)):
             if registry.is_stale(entry):
                 registry.forget(self._directory, entry["id"])

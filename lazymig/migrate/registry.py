@@ -245,3 +245,12 @@ def is_held(entry: dict[str, Any]) -> bool:
 def is_stale(entry: dict[str, Any]) -> bool:
     """Whether a migration that is done has been kept for long enough."""
     return entry.get("state") == "done" and time.time() - float(entry.get("since", 0)) > _KEEP_DONE_S
+
+
+def forget_marks(directory: Path) -> None:
+    """Removes what `mark_abandoned` has left of migrations of which nothing else is known, once it is old."""
+    for mark in directory.glob(f"*{_ABANDONED}"):
+        with contextlib.suppress(OSError):
+            old = time.time() - mark.stat().st_mtime > _KEEP_DONE_S
+            if old and not mark.with_suffix(".json").exists():
+                mark.unlink()
