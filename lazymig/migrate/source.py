@@ -26,7 +26,6 @@ from lazymig.errors import (
     RemoteSideError,
     SyscallError,
 )
-from lazymig.kernel import procfs
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames, registry, resume
 from lazymig.migrate import offer as offers
@@ -53,7 +52,6 @@ from lazymig.migrate.states import (
 from lazymig.migrate.target import Target
 from lazymig.process.descriptors import DescriptorDumper
 from lazymig.process.files import FileSender
-from lazymig.process.prctl import arguments
 from lazymig.process.threads import eager_pages
 from lazymig.process.vmas import Layout, diff
 from page_server.sender import BulkSender
@@ -87,7 +85,6 @@ class SourceMigration:
         self._sent_layout = Layout([])
         self._lazy = RangeSet()  # punched at the destination: content only here
         self._anew = RangeSet()  # mapped anew since the last layout that was sent
-        self._arguments = RangeSet()  # of the program, and its environment: never missing
         self._owed = RangeSet()  # could not be read when their turn came, e.g. for a mprotect in between
         self._last_drop = False  # one is on its way, whose answer nobody has waited for
         self._punched = RangeSet()  # of those, what the destination has dropped already
@@ -398,8 +395,6 @@ class SourceMigration:
             self._steps[name] = (t[-1] - t[-2]) * 1e3
 
         beside(self.options.pid)
-        known = procfs.stat(self.options.pid)
-        self._arguments = arguments(known.arg_start, known.arg_end, known.env_start, known.env_end)
         for tries_left in reversed(range(_FREEZE_TRIES)):
             t[:] = [time.perf_counter()]
             self.target.stop()
@@ -472,9 +467,8 @@ class SourceMigration:
 
     def _residual(self, captured: Capture) -> tuple[RangeSet, RangeSet, RangeSet]:
         """(eager, lazy, gone): pages to send in the freeze, to serve afterwards, and only to drop."""
-        mapped = self.target.mapped()
-        mode, layout = self.options.mode, self.target.layout
-        needed = eager_pages(self.options.pid, captured.threads) | self._arguments
+        mapped, mode, layout = self.target.mapped(), self.options.mode, self.target.layout
+        needed = eager_pages(self.options.pid, captured.threads) | self.target.arguments
         if self.target.tracker is None:
             return *split_eager(layout, self.target.present(), needed, mode), RangeSet()
         exact = RangeSet() if mode is Mode.HYBRID else mapped.memory

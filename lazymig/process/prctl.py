@@ -37,6 +37,12 @@ def arguments(arg_start: int, arg_end: int, env_start: int, env_end: int) -> Ran
     return RangeSet.span(start & -PAGE, -(-end // PAGE) * PAGE)
 
 
+def arguments_of(pid: int) -> RangeSet:
+    """The same of a process, as it is now. FileNotFoundError, ProcessGoneError."""
+    s = procfs.stat(pid)
+    return arguments(s.arg_start, s.arg_end, s.env_start, s.env_end)
+
+
 def dump_mm(b: Batch, pid: int) -> Steps[mm_pb2.mm_entry]:
     """The address space's own numbers, the program it runs and the auxiliary vector. The process is stopped."""
     subject = f"pid {pid}"
