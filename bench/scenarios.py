@@ -180,6 +180,17 @@ def _switches() -> Iterator[Scenario]:
             base="rate/0",
             switch=f"--streams {streams}",
         )
+    ahead = Scenario(
+        "switch/prefetch/on", mib=256, pattern="seq", pages=20, mode="postcopy", link=Link(rate="1gbit")
+    )
+    yield ahead
+    yield replace(
+        ahead,
+        name="switch/prefetch/off",
+        options=("--no-prefetch",),
+        base=ahead.name,
+        switch="--no-prefetch",
+    )
     yield Scenario("switch/tls/bulk", mib=2048, pages=0, tls=True, base="rate/0", switch="TLS")
     yield Scenario("switch/tls/512", mib=512, tls=True, base="size/512/hybrid", switch="TLS")
     yield Scenario(

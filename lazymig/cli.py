@@ -251,6 +251,12 @@ def lazy_pages(
     show_default=True,
     help="Bulk connections.",
 )
+@click.option(
+    "--prefetch/--no-prefetch",
+    default=True,
+    show_default=True,
+    help="After the switch, push next what lies behind the page that was needed last.",
+)
 @LINK_TIMEOUT
 @click.option(
     "--resume",
@@ -282,6 +288,7 @@ def migrate(
     parent: Path | None,
     compress: str,
     streams: int,
+    prefetch: bool,
     link_timeout: float,
     resume: str | None,
     page: Path | None,
@@ -332,6 +339,7 @@ def migrate(
             parent=parent,
             codec=opt.Codec(compress),
             streams=streams,
+            prefetch=prefetch,
             link_timeout_s=link_timeout / 1e3,
         )
     except opt.OptionError as e:

@@ -25,6 +25,7 @@ struct lm_source {
 	_Atomic uint64_t *left; /* by page number: to be pushed */
 	_Atomic uint64_t *served;
 	_Atomic uint64_t hint; /* where to push next: behind the page that was asked for */
+	bool follow;
 	lm_flag stop;
 	_Atomic uint64_t requests, nserved, nserved_zero, pushed, skipped, nleft;
 };
@@ -48,6 +49,7 @@ lm_source *lm_source_new(int pid, const lm_range *pending, uint64_t n)
 		err = s->left && s->served ? 0 : ENOMEM;
 	}
 	s->hint = LM_NO_PAGE;
+	s->follow = true;
 	if (err) {
 		lm_source_free(s);
 		errno = err;
@@ -69,6 +71,11 @@ void lm_source_free(lm_source *s)
 void lm_source_stop(lm_source *s)
 {
 	s->stop = true;
+}
+
+void lm_source_follow(lm_source *s, int follow)
+{
+	s->follow = follow;
 }
 
 static bool test_and_clear(_Atomic uint64_t *w, uint64_t i)
@@ -126,7 +133,8 @@ int lm_source_serve(lm_source *s, int sock)
 
 			page = lm_index_of(&s->index, addr, &run);
 			atomic_fetch_or(&s->served[page / 64], 1ull << (page % 64));
-			s->hint = page + 1;
+			if (s->follow)
+				s->hint = page + 1;
 			err = answer(s, sock, addr);
 			if (err)
 				return err;

@@ -20,6 +20,8 @@ void lm_source_free(lm_source *s);
  * (EPROTO), or until lm_source_stop. Again with another connection is allowed. */
 int lm_source_serve(lm_source *s, int sock);
 void lm_source_stop(lm_source *s);
+/* Whether to push next what lies behind the page asked for last, as it does at first, or all in order. */
+void lm_source_follow(lm_source *s, int follow);
 /* These pages, of `pending`, are to be pushed. */
 void lm_source_want(lm_source *s, const lm_range *r, uint64_t n);
 /* Pushes what is left until nothing is, then sends END. Several may push at once: `turn` of `turns`. */

@@ -43,8 +43,17 @@ class PageSource:
     stay the caller's.
     """
 
-    def __init__(self, pid: int, fault_sock: socket.socket, bulk_senders: Sequence[BulkSender]) -> None:
+    def __init__(
+        self,
+        pid: int,
+        fault_sock: socket.socket,
+        bulk_senders: Sequence[BulkSender],
+        *,
+        prefetch: bool = True,
+    ) -> None:
+        """``prefetch``: what lies behind the page asked for last is pushed next; else all in order."""
         self.pid = pid
+        self._prefetch = prefetch
         self._sock = fault_sock
         self._senders = list(bulk_senders)
         self._source: CData = None
@@ -62,6 +71,7 @@ class PageSource:
                 raise ProcessGoneError("it ended", subject=f"pid {self.pid}")
             raise SyscallError("open", ffi.errno, subject=f"/proc/{self.pid}/mem")
         self._source = ffi.gc(source, lib.lm_source_free)
+        lib.lm_source_follow(source, self._prefetch)
         self._pending = pending
         self._serve(self._sock)
 

@@ -11,6 +11,10 @@ import pytest
 from harness import wait_for
 from predump_kit import Puppet
 
+from lazymig.errors import LazymigError
+from lazymig.migrate.capture import capture
+from lazymig.migrate.target import Target
+
 TRACER = """
 import os, sys
 from lazymig.arch import SYS
@@ -51,4 +55,22 @@ def test_a_tracer_that_is_killed_amid_its_work_harms_nobody(after):
         wait_for("the process to be as it was", lambda: state(puppet.pid) == before)
         puppet.do("fill", "a", 0, 16, "after")
     finally:
+        puppet.close()
+
+
+def test_a_child_that_came_since_the_preflight_is_noticed_in_the_freeze():
+    puppet = Puppet()
+    target = Target(puppet.pid)
+    try:
+        child = puppet.do("fork")
+        target.stop()
+        with pytest.raises(LazymigError, match="has-children"), capture(target):
+            pass
+        target.let_run()
+        puppet.do("reap", child)  # nobody has taken it
+        target.stop()
+        with capture(target) as captured:
+            assert len(captured.threads) == 1
+    finally:
+        target.close()
         puppet.close()

@@ -424,6 +424,57 @@ async def test_post_copy_on_demand_only(stack, program):
     assert p.lazy.stats().duplicates == 0
 
 
+@pytest.mark.parametrize("prefetch", [True, False])
+async def test_what_lies_behind_the_needed_page_is_pushed_next(stack, program, prefetch):
+    source = Peer(program, "source", BASE, 600, 5)
+    stack.callback(source.close)
+    source.ready()
+    os.kill(source.pid, signal.SIGSTOP)
+    fault, bulk = connection(), connection()
+    for a, b in (fault, bulk):
+        stack.callback(a.close)
+        stack.callback(b.close)
+    wanted = [start for start, _ in pending(600, 5)]
+    needed = wanted[len(wanted) // 2]
+    pages = PageSource(source.pid, fault[0], [BulkSender(bulk[0], source.pid)], prefetch=prefetch)
+    stack.callback(pages.close)
+    with trio.fail_after(20):
+        pages.start(pending(600, 5))
+        fault[1].sendall(struct.pack("<QII", needed, 1, 0))
+        assert struct.unpack("<QII", await trio.to_thread.run_sync(exactly, fault[1], 16))[0] == needed
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pages.push, pending(600, 5))
+            pushed = await trio.to_thread.run_sync(first_pages, bulk[1])
+            nursery.start_soon(trio.to_thread.run_sync, drain, bulk[1])
+    assert pushed > needed if prefetch else pushed < needed
+
+
+def exactly(sock, n):
+    data = b""
+    while len(data) < n:
+        data += sock.recv(n - len(data))
+    return data
+
+
+def first_pages(sock):
+    """Where the first pages that come with their bytes are."""
+    while True:
+        kind, n, length, *_ = struct.unpack("<IIQIIQ", exactly(sock, 32))
+        ranges = [struct.unpack("<QII", exactly(sock, 16)) for _ in range(n)]
+        exactly(sock, length)
+        if kind == 1:
+            return ranges[0][0]
+
+
+def drain(sock):
+    """Reads until the frame that ends a round."""
+    while True:
+        kind, n, length, *_ = struct.unpack("<IIQIIQ", exactly(sock, 32))
+        exactly(sock, 16 * n + length)
+        if kind == 4:
+            return
+
+
 @pytest.mark.parametrize(
     "request_", [(BASE - PAGE, 1, 0), (BASE + 1, 1, 0), (BASE, 17, 0), (BASE, 0, 0), (BASE, 1, 9)]
 )

@@ -32,7 +32,7 @@ from lazymig.images.writer import IMG_VERSION, DirectoryWriter
 from lazymig.kernel import ptrace
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
-from lazymig.migrate.capture import Capture, capture, no_children
+from lazymig.migrate.capture import Capture, capture
 from lazymig.migrate.layer import IDENTITY, ParentLayer, new_identity, parent_directory
 from lazymig.migrate.options import MigrateOptions, Mode, Stdio, Wire
 from lazymig.migrate.parts import classify, lazy_capable, split_eager
@@ -210,7 +210,6 @@ class Dump:
         if self.since.parent is not None:
             self.since.scan_stopped(goes_on=self.options.leave_running)
         fds = self.dumper.final(self.target.mapped_objects())
-        no_children(self.target)
         with capture(self.target) as captured:
             pass
         fault_point("dump", "captured")

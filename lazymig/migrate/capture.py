@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from lazymig.arch import SYS
 from lazymig.errors import LazymigError, ProtocolError, unsound
-from lazymig.kernel.batch import run_all_steps
+from lazymig.kernel.batch import Batch, Steps, run_all_steps
 from lazymig.kernel.inject import Injection
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames
@@ -21,6 +23,8 @@ from lazymig.process.threads import ThreadImage, dump_thread, dump_xcomp
 from lazymig.process.vmas import Kind
 
 _MAX_PENDING = 1 << 17
+_P_ALL = 0  # waitid(2)
+_WAIT_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT | 0x40000000  # __WALL
 
 
 @dataclass(slots=True)
@@ -71,7 +75,7 @@ class Capture:
 def capture(target: Target) -> Iterator[Capture]:
     """Reads the state of the stopped process; on leaving the context it is as it was, but for running.
 
-    What waits for the state need not wait for that. Raises LazymigError.
+    What waits for the state need not wait for that. Raises LazymigError, also when it has children.
     """
     stopped = target.stopped
     with target.injection() as inj:
@@ -88,10 +92,15 @@ def capture(target: Target) -> Iterator[Capture]:
         )
 
 
-def no_children(target: Target) -> None:
-    """Raises LazymigError when the stopped process has children: they would stay behind."""
-    if target.children():
-        raise LazymigError("it has children now", code="has-children", subject=f"pid {target.pid}")
+def _no_children(b: Batch, pid: int) -> Steps[None]:
+    """Raises LazymigError when the stopped process has children: they would stay behind.
+
+    Asked in its own name, which is one call however many threads it has; of an ended child nothing is taken.
+    """
+    c = b.call(SYS.waitid, _P_ALL, 0, 0, _WAIT_LOOK, 0)
+    yield
+    if c.ret != -errno.ECHILD:
+        raise LazymigError("it has children now", code="has-children", subject=f"pid {pid}")
 
 
 def _read(target: Target, inj: Injection) -> list[list[Any]]:
@@ -105,7 +114,7 @@ def _read(target: Target, inj: Injection) -> list[list[Any]]:
             state.dump_thread(batch, pid, thread.tid, seccomp=target.seccomp),
         ]
         if i == 0:
-            steps += [dump_xcomp(batch), state.dump_process(batch, pid)]
+            steps += [dump_xcomp(batch), state.dump_process(batch, pid), _no_children(batch, pid)]
         groups.append((batch, steps))
     return run_all_steps(groups)
 

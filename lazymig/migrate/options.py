@@ -92,6 +92,7 @@ class MigrateOptions:
     parent: Path | None = None  # a layer that both hosts hold: send only what changed since
     codec: Codec = Codec.NONE
     streams: int = 1  # bulk connections
+    prefetch: bool = True  # after commit, push what lies behind the page that was needed last
     connect_timeout_s: float = 10.0
     link_timeout_s: float = DEFAULT_LINK_TIMEOUT_S  # a peer silent for so long is lost
     wire: Wire = Wire()

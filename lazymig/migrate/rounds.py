@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from lazymig.kernel.ranges import PAGE
 from lazymig.migrate.options import Mode
 
 SMALL_PAGES = 512  # 2 MiB: no further round makes the freeze shorter than its fixed costs
@@ -63,6 +64,7 @@ class Policy:
     copied: list[int] = field(default_factory=list)  # pages of the copy rounds so far
     punched: list[int] = field(default_factory=list)
     may_brake: bool = True
+    records: list[RoundRecord] = field(default_factory=list)
     _brake: int = 0
 
     @property
@@ -74,6 +76,14 @@ class Policy:
         """Expected downtime when the freeze finds ``pages`` dirty."""
         lazy = self.mode in (Mode.HYBRID, Mode.POSTCOPY)
         return _BASE_MS + pages * (_LAZY_PAGE_MS if lazy else _EAGER_PAGE_MS)
+
+    def record(self, action: Action, pages: int, ms: float) -> RoundRecord:
+        """Notes that a round of this kind has taken ``ms`` for ``pages`` of memory."""
+        rate = pages / self.records[-1].ms * 1e3 if self.records else 0.0
+        estimate = self.estimate_ms(int(rate * 0.005))
+        r = RoundRecord(len(self.records), action.value, pages, pages * PAGE, ms, rate, estimate)
+        self.records.append(r)
+        return r
 
     def decide(self, pages: int) -> Action:
         """What to do with a scan that found ``pages`` dirty."""

@@ -98,7 +98,8 @@ class Serving:
             self._left = pending.pages
             self._noted()
             self._emit({"event": "resumed", "left": pending.pages})
-            pages = PageSource(self._options.pid, self._links.fault, make_senders(self._options, self._links))
+            senders = make_senders(self._options, self._links)
+            pages = PageSource(self._options.pid, self._links.fault, senders, prefetch=self._options.prefetch)
             pages.start(pending)
 
     async def _serve(self, pages: PageSource, pending: RangeSet) -> frames.Done:

@@ -30,14 +30,14 @@ from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames, registry, resume
 from lazymig.migrate import offer as offers
 from lazymig.migrate.brake import Brake
-from lazymig.migrate.capture import Capture, capture, no_children, rehearse
+from lazymig.migrate.capture import Capture, capture, rehearse
 from lazymig.migrate.channel import PATIENCE_S
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
 from lazymig.migrate.options import MigrateOptions, Mode
 from lazymig.migrate.parts import classify, dealt, few_pages, lazy_capable, locked, split_eager, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
-from lazymig.migrate.rounds import Action, Policy, RoundRecord
+from lazymig.migrate.rounds import Action, Policy
 from lazymig.migrate.serve import AbandonedError, Serving, make_senders
 from lazymig.migrate.states import (
     FAILURE,
@@ -75,11 +75,9 @@ class SourceMigration:
         self.emit = on_event
         self.machine = Machine("source", Source.PREFLIGHT, SOURCE_STEPS)
         self.cancel_scope = trio.CancelScope()
-        self.cancelled = False
         self.policy = Policy(
             options.mode, options.max_rounds, options.max_downtime_ms, may_brake=options.brake
         )
-        self.records: list[RoundRecord] = []
         self.target: Target
         self.links: Links
         self._sent_layout = Layout([])
@@ -110,7 +108,6 @@ class SourceMigration:
                 {"event": "warning", "text": "it is too late to cancel: the process runs at the destination"}
             )
             return False
-        self.cancelled = True
         self.cancel_scope.cancel()
         return True
 
@@ -370,19 +367,7 @@ class SourceMigration:
         self._last_drop = True
 
     def _record(self, action: Action, pages: int, started: float) -> None:
-        ms = (time.monotonic() - started) * 1e3
-        before = self.records[-1] if self.records else None
-        rate = pages / before.ms * 1e3 if before else 0.0
-        r = RoundRecord(
-            len(self.records),
-            action.value,
-            pages,
-            pages * 4096,
-            ms,
-            rate,
-            self.policy.estimate_ms(int(rate * 0.005)),
-        )
-        self.records.append(r)
+        r = self.policy.record(action, pages, (time.monotonic() - started) * 1e3)
         self.emit({"event": "round", **asdict(r), "rate_mbps": r.rate_mbps})
 
     # ---- the freeze
@@ -417,7 +402,6 @@ class SourceMigration:
         with capture(self.target) as captured:
             self.links.control.send_now({"t": "state", **captured.to_wire()})
             step("state")
-        no_children(self.target)
         self.target.refresh_layout(with_flags=self.options.mode in (Mode.POSTCOPY, Mode.STOP_AND_COPY))
         step("layout")
         eager, lazy, gone = self._residual(captured)
@@ -445,7 +429,9 @@ class SourceMigration:
             else:
                 await self._send_parts(self._seq, parts)
         step("eager")
-        self.pages = PageSource(self.options.pid, self.links.fault, self.senders)
+        self.pages = PageSource(
+            self.options.pid, self.links.fault, self.senders, prefetch=self.options.prefetch
+        )
         self.pages.start(lazy)
         if self._last_drop:
             self.links.control.expect_now("dropped")
@@ -480,11 +466,8 @@ class SourceMigration:
         eager, lazy = split_eager(layout, pages, needed, mode)
         # Of memory that is sent now a hole would cost a page; but what the kernel touches has to be there.
         holes = self.target.tracker.holes(eager & mapped.memory) - needed
-        return (
-            eager - holes,
-            lazy,
-            (dirty.gone | self._gone | holes & self.target.tracker.held) - (pages - holes),
-        )
+        gone = dirty.gone | self._gone | (holes & self.target.tracker.held)
+        return eager - holes, lazy, gone - (pages - holes)
 
     async def _commit(self, known: Sequence[int], late: list[int]) -> bool:
         """Sends the one frame that hands the process over; from here on this host never runs it again.
@@ -576,7 +559,7 @@ class SourceMigration:
     def _report(
         self, downtime: float, done: frames.Done, served: SourceStats, lazy: RangeSet, eager: RangeSet
     ) -> Event:
-        copied = sum(r.pages for r in self.records if r.kind == "copy")
+        copied = sum(r.pages for r in self.policy.records if r.kind == "copy")
         return {
             "event": "done",
             "pid": self.options.pid,
@@ -586,7 +569,7 @@ class SourceMigration:
             "destination_breakdown": done.breakdown,
             "stall_ms": done.stall_ns / 1e6,
             "total_ms": (time.monotonic() - self._started) * 1e3,
-            "rounds": [{**asdict(r), "rate_mbps": r.rate_mbps} for r in self.records],
+            "rounds": [{**asdict(r), "rate_mbps": r.rate_mbps} for r in self.policy.records],
             "bytes": {
                 "bulk": self._bulk_bytes,
                 "push": served.pushed * 4096,
