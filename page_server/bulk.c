@@ -269,6 +269,7 @@ int lm_bulk_flush(lm_bulk *b, uint32_t seq, uint32_t codec, const uint8_t *data,
 	b->stats.pages += b->bytes / LM_PAGE;
 	b->stats.raw_bytes += b->bytes;
 	b->ngot = b->nzero = b->bytes = 0;
+	lm_let_others(&b->pieces);
 	return 0;
 }
 

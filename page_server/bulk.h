@@ -73,6 +73,7 @@ struct lm_bulk {
 	lm_bulk_range got[LM_BATCH_PAGES], zero[LM_BATCH_PAGES];
 	size_t ngot, nzero;
 	uint64_t bytes;
+	unsigned int pieces; /* see lm_let_others */
 	lm_range *skipped;
 	size_t nskipped, skipped_room;
 	bool failed; /* no memory for the list of skipped pages */

@@ -24,6 +24,7 @@ struct lm_receiver {
 	lm_bulk_head head;
 	lm_bulk_range ranges[LM_MAX_RANGES];
 	uint8_t *data; /* LM_MAX_PAYLOAD bytes */
+	unsigned int pieces; /* see lm_let_others */
 	lm_range *zero;
 	size_t nzero, zero_room;
 	lm_receiver_stats stats;
@@ -172,6 +173,7 @@ int lm_receiver_step(lm_receiver *r, lm_receiver_event *ev)
 			err = keep_zero(r);
 		} else if (r->head.type == LM_FRAME_PAGES && r->head.codec == LM_CODEC_NONE) {
 			err = lm_receiver_place(r, r->data);
+			lm_let_others(&r->pieces);
 		} else {
 			if (r->head.type == LM_FRAME_END)
 				lm_receiver_allow(r, &nothing, 0);

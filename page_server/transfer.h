@@ -16,6 +16,11 @@ typedef _Atomic bool lm_flag;
 int lm_send_all(int sock, struct iovec *iov, size_t n, lm_flag *cancel);
 int lm_recv_all(int sock, void *buf, size_t len, lm_flag *cancel); /* EPIPE also amid the bytes */
 
+/* For a thread that moves bulk data, after each piece of it: lets others have its processor, every few pieces.
+ * A thread that wakes up is not always put before a running one of a lower priority: it may be ahead of its share, and
+ * then nobody looks again until the next tick, 4 ms later. The process that is copied would stand still for as long. */
+void lm_let_others(unsigned int *pieces);
+
 /* Some other process's memory. */
 typedef struct {
 	pid_t pid;
