@@ -7,7 +7,8 @@ results after the yield. All generators given to `run_steps` share each run.
 from __future__ import annotations
 
 import struct
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from lazymig.errors import LazymigError, SyscallError
@@ -21,6 +22,7 @@ _CALL_SIZE: int = ffi.sizeof("lm_call")
 _CALL = struct.Struct("=q6Qq")  # an lm_call
 _CALL_WORDS = 8
 _RET = 7  # the last of them
+_GAP = 8192  # bytes that cost less to move than a call does
 _ZEROS = (0,) * 6
 _U64 = (1 << 64) - 1
 
@@ -103,6 +105,19 @@ class Out:
         self.data = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a run of a batch that others copy, or of such a copy, gave."""
+
+    rets: Sequence[int]
+    common: bytes  # the results that threads of one process mostly have in common
+    own: Mapping[str, bytes]  # the others, by name
+
+    def alike(self, other: Answers) -> bool:
+        """Whether both are the same but for what is a thread's own."""
+        return self.rets == other.rets and self.common == other.common
+
+
 class Batch:
     """Collects calls, with their arguments' data, in a slice of a region; ``run`` makes a thread do them."""
 
@@ -137,6 +152,8 @@ class Batch:
         self._many: list[Calls] = []
         self._count = 0
         self._outs: list[Out] = []
+        self._own: dict[str, tuple[int, int]] = {}  # where in the data, and bytes
+        self._keep = False
         self._top = self._data
 
     def _room(self, size: int, align: int) -> int:
@@ -186,31 +203,56 @@ class Batch:
         start = self._room(size, align)
         return self.region.base + start, self._view + start
 
-    def out(self, size: int, align: int = 8) -> Out:
-        """Room of ``size`` zero bytes that a call may fill."""
+    def out(self, size: int, align: int = 8, *, own: str = "") -> Out:
+        """Room of ``size`` zero bytes that a call may fill.
+
+        ``own``: the name of a result that is another one in each thread of a process; see `twin`.
+        """
         start = self._room(size, align)
         ffi.memmove(self._view + start, bytes(size), size)
         o = Out(self.region.base + start, size)
         self._outs.append(o)
+        if own:
+            self._own[own] = (start - self._data, size)
         return o
+
+    def twin(self, of: Batch) -> None:
+        """Adds the same calls as ``of`` has, which is of the same size: a tenth of the time that adding them takes.
+
+        Addresses in ``of``'s part of the region become such in this one's. Both have `answers` after their run.
+        """
+        of._keep = self._keep = True
+        self._count, self._own = of._count, of._own
+        self._top = self._data + of._top - of._data
+        here, there = self._view + self._table, of._view + of._table
+        size = of._top - of._table
+        lib.lm_twin_calls(here, there, size, self._count, self.region.base + of._table)
+
+    answers: Answers
 
     @property
     def pending(self) -> int:
         """How many calls wait to be run."""
         return self._count
 
+    def _in_use(self, move: Callable[[int, int], None], calls: int, *, data: bool) -> None:
+        """Moves so much of the table, and what there is of data: at once where little lies between."""
+        end = self._table + calls * _CALL_SIZE
+        if data and self._data - end < _GAP:
+            move(self._table, self._top)
+            return
+        move(self._table, end)
+        if data:
+            move(self._data, self._top)
+
     def _prepare(self) -> tuple[int, bytes, int]:
         end = ffi.cast("lm_call *", self._view + self._table) + self._count
         end.nr = -1
-        self.region.flush(self._table, self._table + (self._count + 1) * _CALL_SIZE)
-        if self._top > self._data:
-            self.region.flush(self._data, self._top)
+        self._in_use(self.region.flush, self._count + 1, data=self._top > self._data)
         return self.tid, self.regs, self.region.base + self._table
 
     def _collect(self) -> None:
-        self.region.fetch(self._table, self._table + self._count * _CALL_SIZE)
-        if self._outs:
-            self.region.fetch(self._data, self._top)
+        self._in_use(self.region.fetch, self._count, data=bool(self._outs) or self._keep)
         words = ffi.cast("int64_t *", self._view + self._table)
         rets = ffi.unpack(words, self._count * _CALL_WORDS)[_RET::_CALL_WORDS]
         for c in self._calls:
@@ -219,6 +261,12 @@ class Batch:
             many.rets = rets[many._index : many._index + many.n]
         for o in self._outs:
             o.data = bytes(ffi.buffer(self._view + (o.addr - self.region.base), o.size))
+        if self._keep:
+            data = bytes(ffi.buffer(self._view + self._data, self._top - self._data))
+            own = {name: data[at : at + size] for name, (at, size) in self._own.items()}
+            edges = [0, *(e for at, size in self._own.values() for e in (at, at + size)), len(data)]
+            common = b"".join(data[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+            self.answers = Answers(rets, common, own)
         self._reset()
 
     def run(self) -> None:

@@ -392,6 +392,17 @@ lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t
 	return lm_fail(done, err);
 }
 
+void lm_twin_calls(uint8_t *to, const uint8_t *from, uint64_t size, uint64_t n, uint64_t base)
+{
+	lm_call *calls = (lm_call *)to;
+
+	memcpy(to, from, size);
+	for (uint64_t i = 0; i < n; i++)
+		for (int k = 0; k < 6; k++)
+			if (calls[i].args[k] - base < size)
+				calls[i].args[k] += (uint64_t)(to - from);
+}
+
 lm_result lm_peek(int32_t pid, uint64_t addr, void *out, uint64_t len)
 {
 	struct iovec l = {out, len}, r = {(void *)addr, len};

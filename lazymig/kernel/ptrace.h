@@ -57,6 +57,9 @@ lm_result lm_step_syscall(int32_t tid, const lm_regs *base, uint64_t gadget, lm_
  * at any moment, and the thread then runs on from where it stands: amid what it was made to do, it would die of it.
  */
 lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns);
+/* Copies a batch of n calls, and the `size` bytes that begin with its table, from `from` (at address `base` in the
+ * thread's memory) to `to` of the same region: addresses in there become those in the copy. */
+void lm_twin_calls(uint8_t *to, const uint8_t *from, uint64_t size, uint64_t n, uint64_t base);
 /* Runs all the batches at once and waits for every one. `done` counts the good ones; `err` is the first error. */
 lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t timeout_ns);
 /* Reads or writes another process's memory, whole or not at all (done: bytes). */

@@ -12,14 +12,14 @@ from typing import Any
 
 from lazymig.arch import SYS
 from lazymig.errors import LazymigError, ProtocolError, unsound
-from lazymig.kernel.batch import Batch, Steps, run_all_steps
+from lazymig.kernel.batch import Batch, Steps
 from lazymig.kernel.inject import Injection
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames
 from lazymig.migrate.frames import MAX_THREADS
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
-from lazymig.process import state
-from lazymig.process.threads import ThreadImage, dump_thread, dump_xcomp
+from lazymig.process import state, twins
+from lazymig.process.threads import ThreadImage, dump_xcomp
 from lazymig.process.vmas import Kind
 
 _MAX_PENDING = 1 << 17
@@ -79,12 +79,12 @@ def capture(target: Target) -> Iterator[Capture]:
     """
     stopped = target.stopped
     with target.injection() as inj:
-        results = _read(target, inj)
+        threads, (xcomp, process, _) = _read(target, inj)
         yield Capture(
-            threads=[r[0] for r in results],
-            xcomp=results[0][2],
-            process=results[0][3],
-            thread_states=[r[1] for r in results],
+            threads=[image for image, _ in threads],
+            xcomp=xcomp,
+            process=process,
+            thread_states=[message for _, message in threads],
             pending=[stopped.due(t) for t in stopped.threads],
             seccomp=target.seccomp,
             guards=_guards(target),
@@ -103,20 +103,12 @@ def _no_children(b: Batch, pid: int) -> Steps[None]:
         raise LazymigError("it has children now", code="has-children", subject=f"pid {pid}")
 
 
-def _read(target: Target, inj: Injection) -> list[list[Any]]:
-    """What the stopped threads say of themselves."""
-    pid, stopped = target.pid, target.stopped
+def _read(target: Target, inj: Injection) -> tuple[list[twins.Dumped], list[Any]]:
+    """What the stopped threads say of themselves, and the main one of the process."""
     batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
-    groups = []
-    for i, (batch, thread) in enumerate(zip(batches, stopped.threads, strict=True)):
-        steps = [
-            dump_thread(batch, thread),
-            state.dump_thread(batch, pid, thread.tid, seccomp=target.seccomp),
-        ]
-        if i == 0:
-            steps += [dump_xcomp(batch), state.dump_process(batch, pid), _no_children(batch, pid)]
-        groups.append((batch, steps))
-    return run_all_steps(groups)
+    main, pid = batches[0], target.pid
+    more = [dump_xcomp(main), state.dump_process(main, pid), _no_children(main, pid)]
+    return twins.dump(batches, target.stopped.threads, pid, more, seccomp=target.seccomp)
 
 
 def rehearse() -> None:

@@ -43,8 +43,8 @@ def _bits(words: Iterable[int]) -> int:
     return sum(w << 32 * i for i, w in enumerate(words)) & (1 << 64) - 1
 
 
-def _read_status(tid: int) -> dict[str, int]:
-    """The Cap and NoNewPrivs lines of /proc/TID/status (proc(5)), about 20 us.
+def status_lines(tid: int) -> bytes:
+    """The Cap and NoNewPrivs lines of /proc/TID/status (proc(5)), about 20 us: threads that have them alike are alike.
 
     Asking for a bounding set takes a call for each capability, which is far more for a process of many threads.
     """
@@ -53,7 +53,12 @@ def _read_status(tid: int) -> dict[str, int]:
         text = os.read(fd, 1 << 20)
     finally:
         os.close(fd)
-    found = {name.decode(): int(value, 16) for name, value in _STATUS.findall(text)}
+    start = text.find(b"\nCapInh:")
+    return text[start : text.find(b"\n", text.find(b"\nNoNewPrivs:", start) + 1) + 1]
+
+
+def _read_status(tid: int) -> dict[str, int]:
+    found = {name.decode(): int(value, 16) for name, value in _STATUS.findall(status_lines(tid))}
     if len(found) != _STATUS_LINES:
         raise LazymigError("capabilities not found in /proc", code="bad-procfs", subject=f"thread {tid}")
     return found

@@ -64,7 +64,8 @@ def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
     c_nice = b.call(SYS.getpriority, _PRIO_PROCESS, 0)
     c_cpus = b.call(SYS.sched_getaffinity, 0, _AFFINITY_SIZE, cpus.addr)
     c_io = b.call(SYS.ioprio_get, _IOPRIO_WHO_PROCESS, 0)
-    name, tsc, mode, nodes, robust = b.out(16), b.out(4), b.out(4), b.out(_NODES_SIZE), b.out(16)
+    name, robust = b.out(16, own="name"), b.out(16, own="robust")
+    tsc, mode, nodes = b.out(4), b.out(4), b.out(_NODES_SIZE)
     c_name = b.call(SYS.prctl, _PR_GET_NAME, name.addr)
     c_slack = b.call(SYS.prctl, _PR_GET_TIMERSLACK)
     c_mce = b.call(SYS.prctl, _PR_MCE_KILL_GET, 0, 0, 0, 0)
@@ -91,7 +92,6 @@ def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
     core.sched.affinity = mask if pinned else b""
     if c_io.ret > 0 and c_io.ret >> _IOPRIO_CLASS_SHIFT:
         core.io_priority = c_io.ret
-    _dump_name(core, name.data.split(b"\0")[0])
     c_name.check("prctl(PR_GET_NAME)", subject)
     core.timer_slack_ns = c_slack.check("prctl(PR_GET_TIMERSLACK)", subject)
     core.mce_kill = c_mce.check("prctl(PR_MCE_KILL_GET)", subject)
@@ -101,10 +101,17 @@ def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
     core.io_flusher = c_flusher.ret == 1
     if c_numa.ret == 0 and (policy_mode := int.from_bytes(mode.data, "little")) != _MPOL_DEFAULT:
         core.numa.mode, core.numa.nodes = policy_mode, nodes.data
-    core.futex_rla, core.futex_rla_len = struct.unpack("<QQ", robust.data)
+    dump_own(core, name.data, robust.data)
+
+
+def dump_own(core: core_pb2.thread_core_entry, name: bytes, robust: bytes) -> None:
+    """Sets what of it is another one in each thread of a process, from the results of that names."""
+    core.futex_rla, core.futex_rla_len = struct.unpack("<QQ", robust)
+    _dump_name(core, name.split(b"\0")[0])
 
 
 def _dump_name(core: core_pb2.thread_core_entry, name: bytes) -> None:
+    core.ClearField("comm_bytes")
     core.comm = name.decode("utf-8", "replace")
     if core.comm.encode() != name:
         core.comm_bytes = name

@@ -63,14 +63,19 @@ class ThreadImage:
 
 def dump_thread(b: Batch, state: ThreadState) -> Steps[ThreadImage]:
     """What only the thread itself can be asked."""
-    stack = b.out(_STACK_T.size)
-    tid = b.out(8)
+    stack = b.out(_STACK_T.size, own="stack")
+    tid = b.out(8, own="tid")
     c1 = b.call(SYS.sigaltstack, 0, stack.addr)
     c2 = b.call(SYS.prctl, _PR_GET_TID_ADDRESS, tid.addr, 0, 0, 0)
     yield
     c1.check("sigaltstack", f"thread {state.tid}")
     c2.check("prctl(PR_GET_TID_ADDRESS)", f"thread {state.tid}")
-    return ThreadImage(state, stack.data, int.from_bytes(tid.data, "little"))
+    return image(state, stack.data, tid.data)
+
+
+def image(state: ThreadState, stack: bytes, tid: bytes) -> ThreadImage:
+    """A thread's image from the results of these names."""
+    return ThreadImage(state, stack, int.from_bytes(tid, "little"))
 
 
 def dump_xcomp(b: Batch) -> Steps[int]:
