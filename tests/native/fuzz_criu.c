@@ -20,71 +20,24 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "fuzz_stream.h"
 #include "lazymig/uffd/fault_wire.h"
 #include "lazymig/uffd/lazy.h"
 #include "lazymig/uffd/uffd.h"
 #include "page_server/criu_pull.h"
 #include "page_server/criu_session.h"
 
-#define GUARD 16u
-#define INSIDE 64u
-#define ALL (GUARD + INSIDE + GUARD)
-#define PATTERN 0xa5
-#define ROOM (1u << 20)
 #define PID 77u
 #define IMAGE 0x4d01u
 #define TASKS 2u
 
-#define CHECK(what)                                                                  \
-	do {                                                                         \
-		if (!(what)) {                                                       \
-			fprintf(stderr, "seed %lu: line %d: %s\n", began, __LINE__, #what); \
-			_exit(1); /* others run */                                   \
-		}                                                                    \
-	} while (0)
-
-static uint64_t seed;
-static unsigned long began;
-static uint8_t stream[ROOM];
-static size_t used;
-static uint8_t *memory;
 static int image; /* a file with as many pages of the pattern as the memory */
-
-static uint64_t dice(uint64_t n)
-{
-	seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-	return (seed >> 33) % n;
-}
-
-static uint64_t page_at(uint64_t page)
-{
-	return (uintptr_t)memory + page * LM_PAGE;
-}
-
-/* Mostly one inside; else anywhere that somebody might try. */
-static uint64_t some_address(void)
-{
-	static const uint64_t odd[] = {0, 1, LM_PAGE, 1ull << 47, (1ull << 47) - LM_PAGE, 1ull << 63, UINT64_MAX,
-				       UINT64_MAX - LM_PAGE + 1, 0xffff800000000000ull};
-
-	if (dice(12))
-		return page_at(GUARD + dice(INSIDE));
-	return dice(3) ? page_at(dice(ALL)) + (dice(4) ? 0 : dice(LM_PAGE)) : odd[dice(sizeof(odd) / sizeof(*odd))];
-}
 
 static uint64_t some_pages(void)
 {
 	static const uint64_t odd[] = {0, LM_PS_MAX_PAGES, LM_PS_MAX_PAGES + 1, UINT32_MAX, 1ull << 35, UINT64_MAX};
 
 	return dice(15) ? 1 + dice(4) : odd[dice(sizeof(odd) / sizeof(*odd))];
-}
-
-static void put(const void *data, size_t n)
-{
-	if (used + n > ROOM)
-		return;
-	memcpy(stream + used, data, n);
-	used += n;
 }
 
 static void put_pages(uint64_t n)
@@ -102,63 +55,6 @@ static void put_message(const lm_ps_iov *m, size_t width)
 
 	lm_ps_encode(m, width, out);
 	put(out, width);
-}
-
-static void damage(void)
-{
-	uint64_t i, times = dice(2) ? 0 : 1 + dice(4);
-
-	for (i = 0; i < times && used; i++) {
-		size_t at = dice(used);
-
-		switch (dice(4)) {
-		case 0:
-			stream[at] = (uint8_t)dice(256);
-			break;
-		case 1:
-			stream[at] ^= (uint8_t)(1u << dice(8));
-			break;
-		case 2:
-			used = at;
-			break;
-		default:
-			memset(stream + at, dice(2) ? 0xff : 0, used - at < 8 ? used - at : 8);
-		}
-	}
-}
-
-/* TCP: the fetcher looks at its counts. `s[0]` is for the code under test. */
-static void connection(int s[2])
-{
-	struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	socklen_t n = sizeof(a);
-
-	CHECK(!bind(listener, (struct sockaddr *)&a, n) && !listen(listener, 1));
-	CHECK(!getsockname(listener, (struct sockaddr *)&a, &n));
-	s[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	CHECK(!connect(s[0], (struct sockaddr *)&a, n));
-	s[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-	CHECK(s[1] >= 0);
-	close(listener);
-	fcntl(s[0], F_SETFL, O_NONBLOCK);
-}
-
-/* Sends the stream in pieces of any size, then hangs up. */
-static void *writer(void *arg)
-{
-	int fd = *(int *)arg;
-	size_t at = 0;
-
-	while (at < used) {
-		ssize_t n = send(fd, stream + at, used - at, MSG_NOSIGNAL);
-
-		if (n <= 0)
-			break;
-		at += (size_t)n;
-	}
-	shutdown(fd, SHUT_WR);
-	return NULL;
 }
 
 /* --- the server: pages are pushed, and asked for --- */
@@ -233,6 +129,7 @@ static void server(void)
 	messages(width);
 	damage();
 	connection(s);
+	fcntl(s[0], F_SETFL, O_NONBLOCK);
 	p = lm_ps_new(s[0]);
 	CHECK(!lm_ps_serve(p, PID, pieces, 2, &image, 1));
 	told.fd = s[1];
@@ -284,12 +181,6 @@ struct answering {
 	uint64_t seed;
 };
 
-static uint64_t roll(struct answering *a, uint64_t n)
-{
-	a->seed = a->seed * 6364136223846793005ull + 1442695040888963407ull;
-	return (a->seed >> 33) % n;
-}
-
 static int send_whole(int fd, const void *data, size_t n)
 {
 	size_t at = 0;
@@ -320,38 +211,38 @@ static void *answer(void *arg)
 		m = lm_ps_decode(in, a->width);
 		CHECK(m.cmd != LM_PS_GET || lm_ps_range_ok(&m));
 		m.cmd = LM_PS_MAKE(LM_PS_ADD_F, LM_PE_PRESENT);
-		if (!roll(a, 3) && m.nr_pages > 1)
-			m.nr_pages = 1 + roll(a, m.nr_pages);
-		switch (roll(a, 60)) {
+		if (!roll(&a->seed, 3) && m.nr_pages > 1)
+			m.nr_pages = 1 + roll(&a->seed, m.nr_pages);
+		switch (roll(&a->seed, 60)) {
 		case 0:
-			m.vaddr += LM_PAGE * (roll(a, 200) - 100);
+			m.vaddr += LM_PAGE * (roll(&a->seed, 200) - 100);
 			break;
 		case 1:
-			m.nr_pages = roll(a, 3) ? m.nr_pages + 1 : (uint64_t[]){0, UINT32_MAX, UINT64_MAX}[roll(a, 3)];
+			m.nr_pages = roll(&a->seed, 3) ? m.nr_pages + 1 : (uint64_t[]){0, UINT32_MAX, UINT64_MAX}[roll(&a->seed, 3)];
 			break;
 		case 2:
 			m.dst_id += 1;
 			break;
 		case 3:
-			m.cmd = (uint32_t)roll(a, UINT32_MAX);
+			m.cmd = (uint32_t)roll(&a->seed, UINT32_MAX);
 			break;
 		case 4:
 			for (i = 0; i < sizeof(noise); i++)
-				noise[i] = (uint8_t)roll(a, 256);
-			send_whole(a->fd, noise, roll(a, sizeof(noise)));
+				noise[i] = (uint8_t)roll(&a->seed, 256);
+			send_whole(a->fd, noise, roll(&a->seed, sizeof(noise)));
 			break;
 		case 5:
 			goto out;
 		}
 		lm_ps_encode(&m, a->width, in);
-		if (!roll(a, 40)) { /* the end amid a head */
-			send_whole(a->fd, in, roll(a, a->width));
+		if (!roll(&a->seed, 40)) { /* the end amid a head */
+			send_whole(a->fd, in, roll(&a->seed, a->width));
 			break;
 		}
-		if (!send_whole(a->fd, in, roll(a, 80) ? a->width : roll(a, a->width)))
+		if (!send_whole(a->fd, in, roll(&a->seed, 80) ? a->width : roll(&a->seed, a->width)))
 			break;
 		for (i = 0; i < m.nr_pages && i < 2048; i++)
-			if (!send_whole(a->fd, page, roll(a, 500) ? LM_PAGE : roll(a, LM_PAGE)))
+			if (!send_whole(a->fd, page, roll(&a->seed, 500) ? LM_PAGE : roll(&a->seed, LM_PAGE)))
 				goto out;
 	}
 out:
@@ -419,6 +310,7 @@ static void fetcher(void)
 	pthread_create(&t, NULL, loop, z);
 	pthread_create(&touch, NULL, toucher, (void *)(uintptr_t)dice(INSIDE));
 	connection(s);
+	fcntl(s[0], F_SETFL, O_NONBLOCK);
 	a.fd = s[1];
 	pthread_create(&w, NULL, answer, &a);
 	run.p = lm_pull_new(s[0], a.width == LM_PS_WIDE, record);

@@ -18,89 +18,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "fuzz_stream.h"
 #include "lazymig/uffd/fault_wire.h"
 #include "lazymig/uffd/lazy.h"
 #include "lazymig/uffd/uffd.h"
 #include "page_server/receive.h"
 #include "page_server/source.h"
 
-#define GUARD 16u
-#define INSIDE 64u
-#define ALL (GUARD + INSIDE + GUARD)
-#define PATTERN 0xa5
-#define ROOM (1u << 20)
-
-#define CHECK(what)                                                                  \
-	do {                                                                         \
-		if (!(what)) {                                                       \
-			fprintf(stderr, "seed %lu: line %d: %s\n", began, __LINE__, #what); \
-			exit(1);                                                     \
-		}                                                                    \
-	} while (0)
-
-static uint64_t seed;
-static unsigned long began;
-static uint8_t stream[ROOM];
-static size_t used;
-static uint8_t *memory;
-
-static uint64_t dice(uint64_t n)
-{
-	seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-	return (seed >> 33) % n;
-}
-
-static uint64_t page_at(uint64_t page)
-{
-	return (uintptr_t)memory + page * LM_PAGE;
-}
-
-/* Mostly one inside; else anywhere that somebody might try. */
-static uint64_t some_address(void)
-{
-	static const uint64_t odd[] = {0, 1, LM_PAGE, 1ull << 47, (1ull << 47) - LM_PAGE, 1ull << 63, UINT64_MAX,
-				       UINT64_MAX - LM_PAGE + 1, 0xffff800000000000ull};
-
-	if (dice(12))
-		return page_at(GUARD + dice(INSIDE));
-	return dice(3) ? page_at(dice(ALL)) + (dice(4) ? 0 : dice(LM_PAGE)) : odd[dice(sizeof(odd) / sizeof(*odd))];
-}
-
-static void put(const void *data, size_t n)
-{
-	if (used + n > ROOM)
-		return;
-	memcpy(stream + used, data, n);
-	used += n;
-}
-
 static void put_noise(size_t n)
 {
 	while (n-- && used < ROOM)
 		stream[used++] = (uint8_t)dice(256);
-}
-
-static void damage(void)
-{
-	uint64_t i, times = dice(2) ? 0 : 1 + dice(4);
-
-	for (i = 0; i < times && used; i++) {
-		size_t at = dice(used);
-
-		switch (dice(4)) {
-		case 0:
-			stream[at] = (uint8_t)dice(256);
-			break;
-		case 1:
-			stream[at] ^= 1u << dice(8);
-			break;
-		case 2:
-			used = at;
-			break;
-		default:
-			memset(stream + at, dice(2) ? 0xff : 0, used - at < 8 ? used - at : 8);
-		}
-	}
 }
 
 static void put_frame(uint32_t type, uint32_t seq)
@@ -152,18 +80,6 @@ static void pair(int s[2])
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, s));
 	setsockopt(s[0], SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
 	setsockopt(s[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
-}
-
-static void *writer(void *arg)
-{
-	size_t at = 0;
-	ssize_t n;
-	int fd = *(int *)arg;
-
-	while (at < used && (n = send(fd, stream + at, used - at, MSG_NOSIGNAL)) > 0)
-		at += (size_t)n;
-	shutdown(fd, SHUT_WR);
-	return NULL;
 }
 
 static void bulk(void)

@@ -16,43 +16,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "fuzz_kit.h"
 #include "lazymig/secure/tls.h"
 
 #define MOST (600u << 10)
 
-#define CHECK(what)                                                                  \
-	do {                                                                         \
-		if (!(what)) {                                                       \
-			fprintf(stderr, "seed %lu: line %d: %s\n", began, __LINE__, #what); \
-			_exit(1); /* others run */                                   \
-		}                                                                    \
-	} while (0)
-
-static unsigned long began;
-static uint64_t seed;
 static char ca[4096], cert[4096], key[4096];
-
-static uint64_t roll(uint64_t *s, uint64_t n)
-{
-	*s = *s * 6364136223846793005ull + 1442695040888963407ull;
-	return (*s >> 33) % n;
-}
-
-/* `s[0]` is for the end that speaks TLS. */
-static void connection(int s[2])
-{
-	struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-	int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	socklen_t n = sizeof(a);
-
-	CHECK(!bind(listener, (struct sockaddr *)&a, n) && !listen(listener, 1));
-	CHECK(!getsockname(listener, (struct sockaddr *)&a, &n));
-	s[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	CHECK(!connect(s[0], (struct sockaddr *)&a, n));
-	s[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-	CHECK(s[1] >= 0);
-	close(listener);
-}
 
 /* --- the two ends that speak TLS --- */
 
