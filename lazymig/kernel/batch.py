@@ -121,6 +121,8 @@ class Answers:
 class Batch:
     """Collects calls, with their arguments' data, in a slice of a region; ``run`` makes a thread do them."""
 
+    answers: Answers  # of the last run with a twin
+
     def __init__(
         self,
         region: Region,
@@ -227,8 +229,6 @@ class Batch:
         here, there = self._view + self._table, of._view + of._table
         size = of._top - of._table
         lib.lm_twin_calls(here, there, size, self._count, self.region.base + of._table)
-
-    answers: Answers
 
     @property
     def pending(self) -> int:
