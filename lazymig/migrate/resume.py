@@ -29,7 +29,9 @@ from lazymig.process.vmas import TASK_SIZE
 
 Event = dict[str, Any]
 # Of the options, those that matter after commit.
-_SAVED = ("pid", "host", "port", "streams", "bandwidth_limit", "link_timeout_s", "connect_timeout_s")
+_SAVED = (
+    "pid", "host", "port", "streams", "prefetch", "bandwidth_limit", "link_timeout_s", "connect_timeout_s",
+)  # fmt: skip
 
 
 def note(options: MigrateOptions, links: Links) -> registry.Entry | None:
