@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -110,6 +111,17 @@ def descriptors(host: Host, pid: int) -> dict[int, str]:
         words = re.search(r"^flags:\s*(\d+)", info, re.MULTILINE)
         found[int(name)] = f"{os.readlink(directory / name)} {words.group(1) if words else ''}"
     return found
+
+
+def has_userfaultfd(host: Host, pid: int) -> bool:
+    """Whether a process holds one, as a worker and a keeper do; others of its descriptors may come and go meanwhile."""
+    directory = host.proc / str(pid) / "fd"
+    links = []
+    with contextlib.suppress(OSError):  # it has ended
+        for name in os.listdir(directory):
+            with contextlib.suppress(OSError):
+                links.append(os.readlink(directory / name))
+    return any("userfaultfd" in link for link in links)
 
 
 def maps(host: Host, pid: int) -> list[tuple[int, int, str, str]]:

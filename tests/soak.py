@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from harness import PROGRAMS, Watched, goes_on, moved, wait_for
 from kill_kit import CASES, run_case, state_of
+from secure_kit import credentials, shows
 from soak_kit import Disturbed, LeftError
 from test_programs_redis import Redis
 
@@ -36,7 +37,6 @@ from lazymig.demo.moves import INSECURE, Daemon, migrate
 from lazymig.demo.writer import Writer
 from lazymig.migrate.failures import Owner, Who
 from lazymig.secure.authority import Authority
-from lazymig.secure.tls import CA, CERT, CRL, KEY
 
 MODES = ("hybrid", "precopy", "postcopy", "stop-and-copy")
 LAZY_MODES = ("postcopy", "postcopy", "hybrid", "precopy")
@@ -121,12 +121,8 @@ def keys(directory: Path, hosts: Sequence[Host]) -> dict[str, Sequence[str]]:
     """For each host the options that name its certificate."""
     directory.mkdir()
     authority = Authority.create(directory / "tls")
-    found: dict[str, Sequence[str]] = {}
-    for host in hosts:
-        place = authority.issue(host.name, [host.address]).directory
-        files = {"ca": CA, "cert": CERT, "key": KEY, "crl": CRL}
-        found[host.name] = [w for o, name in files.items() for w in (f"--tls-{o}", str(place / name))]
-    return found
+    issued = {h.name: authority.issue(h.name, [h.address]).directory for h in hosts}
+    return {name: shows(credentials(place)) for name, place in issued.items()}
 
 
 class Soak:

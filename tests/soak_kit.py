@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import descriptors, settled, wait_for
+from harness import has_userfaultfd, settled, wait_for
 from kill_kit import Moving, children, keepers, shut_down_connections, state_of
 
 from lazymig.demo.hosts import Host
@@ -147,12 +147,10 @@ class Disturbed:
         for pid in set(self.destination.pids()) - {self.pid, *found}:
             try:
                 name = (self.destination.proc / str(pid) / "comm").read_text()
-                links = descriptors(self.destination, pid).values()
             except OSError:
                 continue
-            if not name.startswith(("lazymig-keeper", "lazymig-guard")) and any(
-                "userfaultfd" in n for n in links
-            ):
+            keeps = name.startswith(("lazymig-keeper", "lazymig-guard"))
+            if not keeps and has_userfaultfd(self.destination, pid):
                 found.append(pid)
         return found
 

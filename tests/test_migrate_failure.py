@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import time
 
 import pytest
-from harness import PROGRAMS, Snapshot, Watched, failed, goes_on, judge, moved, settled, untouched, wait_for
+from harness import (
+    PROGRAMS,
+    Snapshot,
+    Watched,
+    failed,
+    goes_on,
+    has_userfaultfd,
+    judge,
+    moved,
+    settled,
+    untouched,
+    wait_for,
+)
 
 from lazymig.demo.hosts import DEVNULL
 from lazymig.demo.moves import Daemon
@@ -236,9 +247,8 @@ def test_killing_the_destination_in_the_lazy_phase_never_makes_zeroes(pair, who)
 
 def _serves(pair, pid):
     """Whether a process is a migration's worker: it holds a userfaultfd, as the keeper does."""
-    here = pair.destination.proc / str(pid)
-    fds = [os.readlink(here / "fd" / name) for name in os.listdir(here / "fd")]
-    return any("userfaultfd" in fd for fd in fds) and "keeper" not in (here / "comm").read_text()
+    comm = pair.destination.proc / str(pid) / "comm"
+    return has_userfaultfd(pair.destination, pid) and "keeper" not in comm.read_text()
 
 
 def test_a_cut_link_before_commit(pair, request):

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Snapshot, descriptors, goes_on, moved, settled, untouched, wait_for
+from harness import Snapshot, goes_on, has_userfaultfd, moved, settled, untouched, wait_for
 from kill_kit import SEED, state_of
 
 from lazymig.demo.hosts import DEVNULL
@@ -113,9 +113,7 @@ def parts(pair):
             name = (here / "comm").read_text().strip().removeprefix("lazymig-")
             if name in ("keeper", "guard"):
                 found[name].add(pid)
-            elif pid in pair.known() and any(
-                "userfaultfd" in n for n in descriptors(pair.destination, pid).values()
-            ):
+            elif pid in pair.known() and has_userfaultfd(pair.destination, pid):
                 found["worker"].add(pid)
         except OSError:
             continue
@@ -498,13 +496,15 @@ def test_an_engine_that_is_killed_before_it_wrote_all_down(pair, when):
 def test_an_engine_that_is_killed_before_commit_leaves_nothing_to_recover(pair):
     """Its command is killed too, so nobody tidies up; a person who asks is told that the process runs on here."""
     writer = lazy_writer(pair)
-    with pair.start_move(writer.pid, env={"LAZYMIG_FAULT": "source:rounds:stop"}) as running:
+    with pair.start_move(writer.pid, "--no-prefetch", env={"LAZYMIG_FAULT": "source:rounds:stop"}) as running:
         running.until("preflight", 60)
         (engine,) = children(pair.source, running.program.pid)
         wait_for("the stop", lambda: state_of(pair.source, engine) == "T")
         pair.source.kill(running.program.pid)
         pair.source.kill(engine)
     number = ours(pair, writer)
+    noted = pair.source.root / f"run/lazymig/engines/{number}.json"
+    assert json.loads(noted.read_text())["options"]["prefetch"] is False
     failed = ordered(pair.source, "recover", number)
     assert (code(failed), failed["committed"]) == ("not-committed", False)
     assert under_way(pair.source) == []
