@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from criu import Criu
+from criu import Criu, sound
 from harness import wait_for
 
 from lazymig.demo.hosts import PIPE, Host, Program
+from lazymig.demo.writer import Writer
 
 
 class Daemon:
@@ -102,3 +103,31 @@ def slow_link(host: Host, rate: str) -> None:
     """Limits what a host of two sends, in tc's notation: so that something can happen amid the pages."""
     tbf = ["tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", rate]
     host.run([*tbf, "burst", "64kb", "latency", "50ms"], check=True)
+
+
+def resident(program: Writer) -> int:
+    """How many MiB of a program are there."""
+    statm = program.host.proc / str(program.pid) / "statm"
+    return int(statm.read_text().split()[1]) >> 8
+
+
+def killed_half_way(daemon: Daemon, program: Writer) -> None:
+    """Kills a daemon when some of the program's 64 MiB have come: over a link that is slow enough, not all."""
+    daemon.wait_event("running")
+    wait_for("some pages", lambda: resident(program) >= 8)
+    daemon.program.kill()
+    daemon.program.wait(10)
+    assert resident(program) < 64
+
+
+def takes_over(second: Daemon, program: Writer) -> dict[str, Any]:
+    """Asserts that a daemon sees through what a killed one began with those 64 MiB; its last event."""
+    assert second.wait_event("resumed")["running"]
+    child = program.fork()
+    assert child.bad_pages == 0, child.errors
+    sound(program)
+    second.ends()
+    done = second.find("done")
+    assert done is not None
+    assert 0 < done["pages"] < 16384, "what had come was fetched again"
+    return done

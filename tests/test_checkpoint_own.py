@@ -219,7 +219,7 @@ def test_a_lazy_restore_connects_again(two_hosts, tmp_path, images, wire):
     if wire == "tls":
         keys = Keys(tmp_path / "keys", source.address, destination.address)
         options = {name: shows(keys[name]) for name in options}
-    slow_link(source, "200mbit")
+    slow_link(source, "60mbit")  # 9 s for all pages: a busy machine must not be done too soon
     with serving(source, program, images, *options["source"]) as served:
         words = ("restore", "-D", str(images), *options["destination"], "--lazy", "--from")
         fault = {"LAZYMIG_FAULT": "restore:goodbye:stop"}
@@ -248,7 +248,7 @@ def test_a_lazy_restore_connects_again(two_hosts, tmp_path, images, wire):
 def test_a_lazy_restore_whose_source_is_lost_waits_as_long_as_its_process(two_hosts, tmp_path, images):
     source, destination = two_hosts
     program = Writer(source, tmp_path / "writer", "--mib", "64")
-    slow_link(source, "200mbit")
+    slow_link(source, "60mbit")  # 9 s for all pages: a busy machine must not be done too soon
     with serving(source, program, images) as served:
         words = ("restore", "-D", str(images), "--insecure", "--lazy", "--from", f"{source.address}:{PORT}")
         with Command(destination, *words, "--json") as running:

@@ -7,7 +7,16 @@ import time
 
 import pytest
 from criu import sound, writer
-from dropin_kit import Daemon, keepers, lazy_source, no_keeper, restore, slow_link
+from dropin_kit import (
+    Daemon,
+    keepers,
+    killed_half_way,
+    lazy_source,
+    no_keeper,
+    restore,
+    slow_link,
+    takes_over,
+)
 from harness import wait_for
 
 from lazymig.demo.writer import Writer
@@ -150,12 +159,6 @@ def silent(program, seconds=0.7):
     assert program.out.stat().st_size == size
 
 
-def resident(program):
-    """How many MiB of a program are there."""
-    statm = program.host.proc / str(program.pid) / "statm"
-    return int(statm.read_text().split()[1]) >> 8
-
-
 @pytest.mark.parametrize("options", [(), ("--churn",)], ids=["quiet", "churn"])
 def test_a_dead_daemon_makes_nobody_read_zeroes_and_another_goes_on(moving, options):
     program = moving.start("--mib", "64", *options)
@@ -164,23 +167,13 @@ def test_a_dead_daemon_makes_nobody_read_zeroes_and_another_goes_on(moving, opti
         with moving.daemon(port=7100) as daemon:
             daemon.wait_event("listening")
             moving.restore()
-            daemon.wait_event("running")
-            wait_for("some pages", lambda: resident(program) >= 8)
-            daemon.program.kill()
-            daemon.program.wait(10)
+            killed_half_way(daemon, program)
         assert len(keepers(moving.destination)) == 1
-        assert resident(program) < 64
         silent(program)
         assert dump.poll() is None, "the source was told that all went well"
         slow_link(moving.source, "10gbit")
         with moving.daemon(port=7100) as second:
-            assert second.wait_event("resumed")["running"]
-            child = program.fork()
-            assert child.bad_pages == 0, child.errors
-            sound(program)
-            second.ends()
-        done = second.find("done")
-        assert 0 < done["pages"] < 16384, "what had come was fetched again"
+            takes_over(second, program)
         assert dump.wait(20) == 0
     sound(program)
     no_keeper(moving.destination)

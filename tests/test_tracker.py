@@ -89,7 +89,7 @@ class Destination:
         mapped = self.target.mapped()
         dirty = self.tracker.final(mapped, mapped.memory if exact else RangeSet())
         pages = dirty.pages | (self.lazy & mapped.all)
-        self._drop((dirty.gone - pages) | pages)
+        self._drop(dirty.gone | pages)
         self._copy(pages, arm=False)
 
     def wrong(self) -> list[str]:
