@@ -23,7 +23,7 @@ import trio
 from lazymig.checkpoint import files_image, shared_memory
 from lazymig.checkpoint.core_image import CG_SET, to_cores
 from lazymig.checkpoint.file_table import FileTable
-from lazymig.checkpoint.mm_image import arguments, to_mm
+from lazymig.checkpoint.mm_image import to_mm
 from lazymig.checkpoint.seccomp_image import FilterTable
 from lazymig.checkpoint.serve import SourceServer
 from lazymig.errors import LazymigError, Refusal, RefusedError
@@ -42,6 +42,7 @@ from lazymig.migrate.target import Target
 from lazymig.pb import core_pb2, inventory_pb2, pstree_pb2, state_pb2, stats_pb2, timens_pb2
 from lazymig.process import preflight
 from lazymig.process.descriptors import DescriptorDumper, MappedObject, ObjectKey
+from lazymig.process.prctl import arguments
 from lazymig.process.threads import eager_pages
 from lazymig.process.vmas import PRIVATE_ANON, Kind
 from lazymig.secure.doors import doors_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from lazymig.checkpoint.core_image import from_cores, task_core
 from lazymig.checkpoint.file_table import ident_of
 from lazymig.checkpoint.files_image import FilesImage, path_of
-from lazymig.checkpoint.mm_image import Space, arguments, from_mm
+from lazymig.checkpoint.mm_image import Space, from_mm
 from lazymig.checkpoint.seccomp_image import chain_of, common_of
 from lazymig.errors import LazymigError, Refusal, RefusedError
 from lazymig.images.content import open_extents
@@ -25,6 +25,7 @@ from lazymig.migrate.frames import MAX_THREADS
 from lazymig.pb import core_pb2, descriptors_pb2, pstree_pb2, regfile_pb2, state_pb2
 from lazymig.process import cpu, identity
 from lazymig.process.files import build_id
+from lazymig.process.prctl import arguments
 from lazymig.process.vmas import Kind, Vma, special
 
 _DELETED = b" (deleted)"

@@ -13,7 +13,6 @@ from lazymig.checkpoint.file_table import FileTable, fdflags
 from lazymig.errors import LazymigError
 from lazymig.kernel.ranges import RangeSet
 from lazymig.pb import fdinfo_pb2, mm_pb2, vma_pb2
-from lazymig.process import prctl
 from lazymig.process.vmas import CARRIED_FLAGS, TASK_SIZE, Kind, Layout, Vma
 
 REGULAR, STACK, VSYSCALL, VDSO, HEAP = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5
@@ -127,11 +126,6 @@ def _vma(v: Vma, files: FileTable, mm: mm_pb2.mm_entry) -> vma_pb2.vma_entry:
     if v.name:
         entry.name = v.name.encode("utf-8", "surrogateescape")
     return entry
-
-
-def arguments(mm: mm_pb2.mm_entry) -> RangeSet:
-    """Pages of the program's arguments and environment."""
-    return prctl.arguments(mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end)
 
 
 @dataclass(slots=True)

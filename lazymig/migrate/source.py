@@ -52,6 +52,8 @@ from lazymig.migrate.states import (
 from lazymig.migrate.target import Target
 from lazymig.process.descriptors import DescriptorDumper
 from lazymig.process.files import FileSender
+from lazymig.process.prctl import arguments
+from lazymig.process.state import process_state
 from lazymig.process.threads import eager_pages
 from lazymig.process.vmas import Layout, diff
 from page_server.sender import BulkSender
@@ -454,7 +456,8 @@ class SourceMigration:
     def _residual(self, captured: Capture) -> tuple[RangeSet, RangeSet, RangeSet]:
         """(eager, lazy, gone): pages to send in the freeze, to serve afterwards, and only to drop."""
         mapped, mode, layout = self.target.mapped(), self.options.mode, self.target.layout
-        needed = eager_pages(self.options.pid, captured.threads) | self.target.arguments
+        its = process_state(captured.process)
+        needed = eager_pages(self.options.pid, captured.threads) | arguments(its.mm)
         if self.target.tracker is None:
             return *split_eager(layout, self.target.present(), needed, mode), RangeSet()
         exact = RangeSet() if mode is Mode.HYBRID else mapped.memory

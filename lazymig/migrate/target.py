@@ -20,7 +20,6 @@ from lazymig.kernel.ranges import RangeSet
 from lazymig.process import signals
 from lazymig.process.descriptors import MappedObject, ObjectKey
 from lazymig.process.limits import MEMBARRIER_GET_REGISTRATIONS
-from lazymig.process.prctl import arguments_of
 from lazymig.process.source import SourceProcess
 from lazymig.process.threads import source_registers
 from lazymig.process.vmas import PROT_WRITE, SHARED_MEMORY, Kind, Layout, Vma, read_layout, special
@@ -74,7 +73,6 @@ class Target:
         self._stopped: Stopped | None = None
         self._snapshot = b""
         self.seccomp = False
-        self.arguments = RangeSet()  # pages of the program's arguments and environment, at the last stop
         self.membarrier = 0  # its registrations, as far as they are known before the freeze
         self._calls: dict[
             int, tuple[int, int]
@@ -117,7 +115,6 @@ class Target:
     def stop(self) -> Stopped:
         """Stops all threads."""
         self.seccomp = self._has_seccomp()
-        self.arguments = arguments_of(self.pid)  # here, as the stop has no time for it
         options = ptrace.O_SUSPEND_SECCOMP if self.seccomp else 0
         for tries_left in reversed(range(_STOP_TRIES)):
             try:

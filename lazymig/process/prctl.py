@@ -27,20 +27,14 @@ _FIELDS = [  # in its order
 ]  # fmt: skip
 
 
-def arguments(arg_start: int, arg_end: int, env_start: int, env_end: int) -> RangeSet:
+def arguments(mm: mm_pb2.mm_entry) -> RangeSet:
     """Pages of the program's arguments and environment. The kernel does not wait for missing ones: it has them end
     there for whoever reads /proc/PID/cmdline and environ, also for the process itself.
     """
-    start, end = min(arg_start, env_start), max(arg_end, env_end)
+    start, end = min(mm.mm_arg_start, mm.mm_env_start), max(mm.mm_arg_end, mm.mm_env_end)
     if not 0 < start < end <= TASK_SIZE or end - start > _MAX_ARGUMENTS:
         return RangeSet()
     return RangeSet.span(start & -PAGE, -(-end // PAGE) * PAGE)
-
-
-def arguments_of(pid: int) -> RangeSet:
-    """The same of a process, as it is now. FileNotFoundError, ProcessGoneError."""
-    s = procfs.stat(pid)
-    return arguments(s.arg_start, s.arg_end, s.env_start, s.env_end)
 
 
 def dump_mm(b: Batch, pid: int) -> Steps[mm_pb2.mm_entry]:
