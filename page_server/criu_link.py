@@ -13,12 +13,12 @@ import struct
 
 from lazymig.errors import LazymigError, PeerLostError
 from lazymig.secure.doors import doors_of
-from lazymig.secure.tls import Credentials, TlsError
+from lazymig.secure.tls import HANDSHAKE_RECORD, Credentials, TlsError
 from page_server import criu_wire
 
 _LINGER = struct.Struct("=ii")
 _ANSWER_S = 10.0
-_OF_TLS = (b"\x15\x03", b"\x16\x03")  # records of an alert, and of the handshake
+_OF_TLS = (b"\x15\x03", HANDSHAKE_RECORD)  # the other: of an alert
 _WHOM = "the page server"
 
 

@@ -252,21 +252,22 @@ class Restore:
             await trio.sleep(delay)
             delay = min(delay * 2, _LONGEST_DELAY_S)
             with contextlib.suppress(LazymigError):
-                server = await trio.to_thread.run_sync(self._connect, *self._source)
-                criu_link.settle(server)
-                filler.reconnect(server)
+                await self._connect_again(filler)
+
+    async def _connect_again(self, filler: ImageFiller) -> None:
+        assert self._source is not None
+        server = await trio.to_thread.run_sync(self._connect, *self._source)
+        criu_link.settle(server)
+        filler.reconnect(server)
 
     async def _reconnect(self, lazy: LazyMemory, filler: ImageFiller, emit: Callable[[Event], None]) -> None:
         """Connects with the source again: without a bound, as nobody else has the pages. LazymigError."""
         assert filler.error is not None
-        assert self._source is not None
         emit({"event": "paused", "left": lazy.remaining, "error": filler.error.to_wire()})
         delay, told = _FIRST_DELAY_S, ""
         while lazy.remaining:
             try:
-                server = await trio.to_thread.run_sync(self._connect, *self._source)
-                criu_link.settle(server)
-                filler.reconnect(server)
+                await self._connect_again(filler)
                 emit({"event": "resumed", "left": lazy.remaining})
                 return
             except LazymigError as e:

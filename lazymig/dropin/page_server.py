@@ -16,7 +16,7 @@ import trio
 
 from lazymig.dropin.options import PageServerOptions
 from lazymig.secure.doors import doors_of
-from lazymig.secure.tls import Credentials, Peer, TlsError
+from lazymig.secure.tls import HANDSHAKE_RECORD, Credentials, Peer, TlsError
 from page_server import criu_wire
 from page_server.criu_server import Receipt, Session, SessionStats, images_to_serve
 from page_server.threads import run_loop
@@ -24,7 +24,6 @@ from page_server.threads import run_loop
 T = TypeVar("T")
 Emit = Callable[[Mapping[str, object]], None]
 _AT_ONCE = 16  # handshakes: each is a process
-_HELLO_OF_TLS = b"\x16\x03"  # as a message of CRIU's it would be an unknown command
 _WHOM = "the peer"
 
 
@@ -111,8 +110,8 @@ async def _judged(
     await trio.lowlevel.wait_readable(tcp)
     first = b""
     with contextlib.suppress(OSError):  # the session finds it out too
-        first = tcp.recv(len(_HELLO_OF_TLS), socket.MSG_PEEK)
-    if first == _HELLO_OF_TLS:
+        first = tcp.recv(len(HANDSHAKE_RECORD), socket.MSG_PEEK)
+    if first == HANDSHAKE_RECORD:  # as a message of CRIU's it would be an unknown command
         raise TlsError(
             f"{_WHOM} speaks TLS, and this page server plaintext",
             code="tls-not-spoken",

@@ -16,12 +16,9 @@ from lazymig.migrate.options import DaemonOptions
 from lazymig.migrate.placement import prompt
 from lazymig.secure.doors import HANDSHAKE_S, Doors, Opened
 from lazymig.secure.policy import Policy, load
-from lazymig.secure.tls import Peer, TlsError
+from lazymig.secure.tls import HANDSHAKE_RECORD, Peer, TlsError
 
 _AT_ONCE = 64  # handshakes: each is a process
-_HELLO_OF_TLS = (
-    b"\x16\x03"  # a record of the handshake; as a frame's head it would be one that is far too large
-)
 _LOOK_S = 10.0
 
 
@@ -97,7 +94,7 @@ class Gate:
         first = b""
         with trio.move_on_after(_LOOK_S):
             first = await stream.socket.recv(3, socket.MSG_PEEK)
-        if first.startswith(_HELLO_OF_TLS):
+        if first.startswith(HANDSHAKE_RECORD):  # as a frame's head it would be one that is far too large
             raise TlsError(
                 "the source speaks TLS, and this daemon plaintext",
                 code="tls-not-spoken",

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _EVERY_S = 1.0
 # What a migration has beside its entry; the last is kept when the rest is forgotten, see `mark_abandoned`.
 _SUFFIXES = (".json", ".new", ".keeper", ".worker", ".pages", ".pages-new", ".order")
 _ABANDONED = ".abandoned"
-STOPS_WITHIN_S, _LOOK_S = 1.0, 0.005  # a process whose tracer died, after it was told to stop
+_STOPS_WITHIN_S, _LOOK_S = 1.0, 0.005  # a process whose tracer died, after it was told to stop
 _KEEP_FOREIGN_S = 7 * 24 * 3600.0
 _KEEP_DONE_S = 24 * 3600.0  # a source that was away may still ask for the end of its migration
 
@@ -227,19 +227,25 @@ def is_stopped(pid: int) -> bool:
     return status.state in ("t", "T") or bool(status.shared_pending >> signal.SIGSTOP - 1 & 1)
 
 
-def is_held(entry: dict[str, Any]) -> bool:
-    """Whether the original of a migration that nobody sees to is there, stopped.
+def comes_to_stop(pid: int, there: Callable[[], bool]) -> bool:
+    """Whether a process is stopped, looking for a while, as long as it is ``there``.
 
-    Looks for a while: when its tracer has just died, it seems to run until it has had its turn to stop again.
+    When its tracer has just died, it seems to run until each of its threads has had its turn to stop again.
     """
-    pid, end = int(entry["pid"]), time.monotonic() + STOPS_WITHIN_S
-    while registered := start_time(pid) == entry.get("start"):
+    end = time.monotonic() + _STOPS_WITHIN_S
+    while there():
         if is_stopped(pid):
             return True
         if time.monotonic() > end:
             break
         time.sleep(_LOOK_S)
-    return registered and is_stopped(pid)
+    return False
+
+
+def is_held(entry: dict[str, Any]) -> bool:
+    """Whether the original of a migration that nobody sees to is there, stopped."""
+    pid = int(entry["pid"])
+    return comes_to_stop(pid, lambda: start_time(pid) == entry.get("start"))
 
 
 def is_stale(entry: dict[str, Any]) -> bool:

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -20,7 +19,7 @@ from typing import Any
 
 import trio
 
-from lazymig.errors import CancelledMigrationError, LazymigError, ProcessGoneError, RefusedError
+from lazymig.errors import CancelledMigrationError, LazymigError, RefusedError
 from lazymig.kernel import procfs, ptrace
 from lazymig.migrate import registry
 from lazymig.migrate.options import MigrateOptions, Wire
@@ -31,7 +30,6 @@ from lazymig.secure.doors import doors_of
 
 Event = dict[str, Any]
 Make = Callable[[Callable[[Event], None]], SourceMigration | ResumedMigration]
-_LOOK_S = 0.005
 
 
 class _Told:
@@ -64,7 +62,7 @@ def run_migration(options: MigrateOptions, on_event: Callable[[Event], None]) ->
 
 def _run(make: Make, on_event: Callable[[Event], None], pid: int | None, wire: Wire) -> None:
     """``pid``: of a process that runs here; None when it was handed over before."""
-    stopped_before = pid is None or _stopped(pid)
+    stopped_before = pid is None or registry.is_stopped(pid)
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -88,7 +86,11 @@ def _run(make: Make, on_event: Callable[[Event], None], pid: int | None, wire: W
         final = _follow(ours, told)
     os.waitpid(child, 0)
     if not final:
-        if pid is None or told.committed or (not stopped_before and _held(pid)):
+        if (
+            pid is None
+            or told.committed
+            or (not stopped_before and registry.comes_to_stop(pid, lambda: procfs.lives(pid)))
+        ):
             if not told.committed:
                 on_event({"event": "commit"})  # it got as far as that, and could not tell any more
             raise LazymigError(
@@ -96,31 +98,14 @@ def _run(make: Make, on_event: Callable[[Event], None], pid: int | None, wire: W
                 code="engine-lost",
                 hint="lazymig migrations names it, lazymig migrate --resume ID goes on with it",
             )
-        for entry in list(registry.entries(registry.ENGINES)):
-            if not entry["alive"] and entry.get("pid") == pid and not stopped_before:
+        for entry in () if stopped_before else list(registry.entries(registry.ENGINES)):
+            if not entry["alive"] and entry.get("pid") == pid:
                 registry.forget(registry.ENGINES, entry["id"])
         raise LazymigError(
             "the migration's engine was killed before commit",
             code="engine-lost",
             hint="the process runs on here",
         )
-
-
-def _stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal, or about to be."""
-    try:
-        status = procfs.status(pid)
-    except (FileNotFoundError, ProcessGoneError):
-        return False
-    return status.state == "T" or bool(status.shared_pending >> signal.SIGSTOP - 1 & 1)
-
-
-def _held(pid: int) -> bool:
-    """The same when its tracer has just died: it may seem to run until each of its threads has had a turn to stop."""
-    end = time.monotonic() + registry.STOPS_WITHIN_S
-    while not (stopped := _stopped(pid)) and time.monotonic() < end and procfs.lives(pid):
-        time.sleep(_LOOK_S)
-    return stopped
 
 
 def _follow(sock: socket.socket, on_event: Callable[[Event], None]) -> bool:

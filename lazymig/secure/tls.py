@@ -17,6 +17,7 @@ from lazymig.native import CData, ffi, lib
 
 DEFAULT_DIRECTORY = "/etc/lazymig/tls"
 CA, CERT, KEY, CRL = "ca.pem", "cert.pem", "key.pem", "crl.pem"
+HANDSHAKE_RECORD = b"\x16\x03"  # how TLS begins; none of our protocols does so
 
 # TLS alert numbers (RFC 8446, 6.2) that tell why a certificate was refused over there.
 _ALERTS = {
