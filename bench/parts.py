@@ -16,9 +16,8 @@ from pathlib import Path
 from lazymig.demo.hosts import Host
 
 SHORT_S, LONG_S = 0.02, 0.1
-_LARGE_MIB = (
-    1024  # moves that take seconds: looking fifty times a second slows the process that moves by some percent
-)
+# Moves that take seconds: looking fifty times a second slows the process that moves by some percent.
+_LARGE_MIB = 1024
 _PEAK_EVERY = 2  # looks at threads for one at memory: the peak only ever grows
 
 

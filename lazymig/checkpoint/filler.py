@@ -43,9 +43,8 @@ class ImageFiller:
         self._error: LazymigError | None = None
         self._stop = self._behind = False
         self._lock = threading.Lock()  # of which fetcher there is, and whether it is to fetch all
-        self._old: list[
-            socket.socket
-        ] = []  # of earlier connections: their end would be taken for that of this one
+        # Of earlier connections: their end would be taken for that of this one.
+        self._old: list[socket.socket] = []
         extents = resolved.extents()
         paths = list(dict.fromkeys(e.path for e in extents))
         number = {path: i for i, path in enumerate(paths)}

@@ -38,9 +38,8 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = (
 )
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 0x4000, 0x40000
 RUN = Path("/run")
-KNOWN = (
-    RUN / "lazymig" / "kdat.json"
-)  # what the tools have found out about this kernel, see lazymig.kernel.kdat
+# What the tools have found out about this kernel (lazymig.kernel.kdat).
+KNOWN = RUN / "lazymig" / "kdat.json"
 MESSAGE = 1 << 20  # bytes: a generous limit for one request (argv and environment)
 
 

@@ -39,9 +39,8 @@ class Command:
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
         )
         self._rest = b""
-        self._read: deque[tuple[bytes, int]] = (
-            deque()
-        )  # lines that nobody has asked for yet, and when they came
+        # Lines that nobody has asked for yet, and when they came.
+        self._read: deque[tuple[bytes, int]] = deque()
 
     def follow(self, timeout: float) -> Iterator[Event]:
         """Yields events until the command closes its output; raises TimeoutError after ``timeout`` seconds."""

@@ -181,7 +181,7 @@ class DestinationMigration:
     # ---- rounds
 
     async def _receive(self) -> None:
-        first, dropped = True, False
+        first, rehearsed = True, False
         while True:
             frame, attachment = await self.control.expect(
                 "layout", "parent", "round", "drop", "file", "descriptors", within=_ROUND_PATIENCE_S
@@ -213,11 +213,11 @@ class DestinationMigration:
                 await self.control.send({"t": "parent-done"})
             elif frame["t"] == "drop":
                 self._built.drop(RangeSet.from_bytes(attachment))
-                if not dropped and not frame.get("last"):
+                if not rehearsed and not frame.get("last"):
                     # Once more: the rounds' pages have washed its code and data out of the caches. Before the answer,
                     # while the source does the same: the last drop and the freeze may follow at once.
                     self._built.rehearse()
-                    dropped = True
+                    rehearsed = True
                 await self.control.send({"t": "dropped"})
             else:
                 await self._prepare(frame)

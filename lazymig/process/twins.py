@@ -51,14 +51,14 @@ def dump(
     run_batches(batches)
     (first, *others), (second,) = run_all_steps([(batches[0], [steps[0], *main]), (sample, [steps[1]])])
     found: dict[int, Dumped] = {0: first, 1: second}
-    kinds, rest = [_Kind(sample, second)], []
+    kinds, rest = [_Kind(sample, second, creds.status_lines(threads[1].tid))], []
     for i, (b, thread) in enumerate(zip(twins, threads[2:], strict=True), 2):
         lines = creds.status_lines(thread.tid)
         if kind := next((k for k in kinds if k.has(b, lines)), None):
             found[i] = kind.read(b, thread)
         elif len(kinds) < _KINDS:
             ((found[i],),) = run_all_steps([(b, [steps[i]])])
-            kinds.append(_Kind(b, found[i]))
+            kinds.append(_Kind(b, found[i], lines))
         else:
             rest.append(i)
     for i, (dumped,) in zip(rest, run_all_steps([(batches[i], [steps[i]]) for i in rest]), strict=True):
@@ -69,10 +69,10 @@ def dump(
 class _Kind:
     """Threads that have answered as this one did."""
 
-    def __init__(self, sample: Batch, dumped: Dumped) -> None:
+    def __init__(self, sample: Batch, dumped: Dumped, lines: bytes) -> None:
         self._answers = sample.answers
         self._message = state_pb2.ThreadState.FromString(dumped[1])
-        self._lines = creds.status_lines(self._message.tid)
+        self._lines = lines
 
     def has(self, b: Batch, lines: bytes) -> bool:
         """Whether a thread, with these lines of its status, is such a one; never where each has filters of its own."""

@@ -178,9 +178,7 @@ class WpAsyncTracker:
 
     def holes(self, pages: RangeSet) -> RangeSet:
         """The pages of private anonymous memory that are not there, or zero: they need not be sent."""
-        return (
-            pages - self.pagemap.scan(_EVERYTHING, pages).select(0, pm.PFNZERO | pm.GUARD) if pages else pages
-        )
+        return pages - self._where(_EVERYTHING, pages, without=pm.PFNZERO | pm.GUARD)
 
     # ---- parts
 
