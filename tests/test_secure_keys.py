@@ -106,6 +106,12 @@ def test_files_that_cannot_be_used(tmp_path):
     assert code(cert=tmp_path / "none.pem") == ("tls-file", str(tmp_path / "none.pem"))
     assert code(key=tmp_path / "tls" / "ca-key.pem")[0] == "tls-file"  # another's
     assert code(ca=place / "key.pem")[0] == "tls-file"
-    assert code(crl=place / "cert.pem")[0] == "tls-file"
+    assert code(crl=place / "cert.pem") == ("tls-file", str(place / "cert.pem"))
+    locked = tmp_path / "locked.pem"
+    command = ["openssl", "pkcs8", "-topk8", "-passout", "pass:x", "-in", place / "key.pem", "-out", locked]
+    subprocess.run(command, check=True, timeout=30)
+    os.chmod(locked, 0o600)
+    with pytest.raises(TlsError, match="passphrase"):  # and asks nobody for it
+        find(place / "ca.pem", place / "cert.pem", locked)
     os.chmod(place / "key.pem", 0o640)
     assert code() == ("tls-key-exposed", str(place / "key.pem"))

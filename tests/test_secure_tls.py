@@ -110,6 +110,21 @@ def test_refusals_on_both_sides(keys, client, server, here, there):
     assert (a.code, b.code) == (here, there)
     assert a.message
     assert b.message
+    refused = (
+        (a, keys.from_elsewhere(server)) if here != "tls-refused-there" else (b, keys.from_elsewhere(client))
+    )
+    names = subprocess.run(
+        ["openssl", "x509", "-in", refused[1].cert, "-noout", "-ext", "subjectAltName"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    shown = [
+        n.partition(":")[2]
+        for n in names.splitlines()[1].replace(" ", "").replace("IPAddress", "IP").split(",")
+    ]
+    assert shown
+    assert ", ".join(shown) in str(refused[0])  # whose certificate it is that was refused
 
 
 def test_a_client_without_a_certificate(keys):

@@ -53,6 +53,13 @@ static void say_error(lm_tls_report *r, const char *what)
 	snprintf(r->text, sizeof(r->text), "%s: %s", what, reason ? reason : "not usable");
 }
 
+/* Nobody is there to be asked: each connection reads the key again, in a process without a terminal. */
+static int no_passphrase(char *buf, int size, int writing, void *report)
+{
+	((lm_tls_report *)report)->detail = 1;
+	return -1;
+}
+
 static int load(SSL_CTX *ctx, const char *ca, const char *crl, const char *cert, const char *key, lm_tls_report *r)
 {
 	X509_STORE *store = SSL_CTX_get_cert_store(ctx);
@@ -70,6 +77,8 @@ static int load(SSL_CTX *ctx, const char *ca, const char *crl, const char *cert,
 		}
 		X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK);
 	}
+	SSL_CTX_set_default_passwd_cb(ctx, no_passphrase);
+	SSL_CTX_set_default_passwd_cb_userdata(ctx, r);
 	if (SSL_CTX_use_certificate_chain_file(ctx, cert) != 1) {
 		say_error(r, cert);
 		return 0;
@@ -173,6 +182,18 @@ static void describe(X509 *cert, lm_tls_report *r)
 	GENERAL_NAMES_free(names);
 }
 
+/* A certificate that is refused never gets into the session: only here it can be seen whose it says it is. */
+static int judged(int ok, X509_STORE_CTX *store)
+{
+	SSL *ssl = X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx());
+	X509 *cert = X509_STORE_CTX_get0_cert(store);
+	lm_tls_report *r = SSL_get_app_data(ssl);
+
+	if (!ok && cert && !r->names[0])
+		describe(cert, r);
+	return ok;
+}
+
 static int64_t now_ms(void)
 {
 	struct timespec t;
@@ -267,17 +288,19 @@ int lm_tls_handshake(lm_tls *t, int fd, const char *name, int timeout_ms, lm_tls
 		say_error(report, "TLS");
 		return report->kind;
 	}
+	SSL_set_app_data(t->ssl, report);
+	SSL_set_verify(t->ssl, SSL_get_verify_mode(t->ssl), judged);
 	if (t->server && !speaks_tls(t, deadline, report))
 		return report->kind;
 	do {
 		ERR_clear_error();
 		ret = t->server ? SSL_accept(t->ssl) : SSL_connect(t->ssl);
 	} while (ret != 1 && !failure(t, ret, deadline, report));
+	if (ret != 1)
+		return report->kind;
 	peer = SSL_get0_peer_certificate(t->ssl);
 	if (peer)
 		describe(peer, report);
-	if (ret != 1)
-		return report->kind;
 	SSL_get0_alpn_selected(t->ssl, &protocol, &len);
 	report->ours = len > 0;
 	if (len && !confirm(t, deadline, report))

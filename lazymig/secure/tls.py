@@ -48,6 +48,14 @@ _VERIFY = {
 }  # fmt: skip
 
 
+# What OpenSSL says of files, and what that means to whoever has named them.
+_FILES = {
+    "PEM lib": "does not hold, in PEM, what belongs there",
+    "no certificate or crl found": "does not hold, in PEM, what belongs there",
+    "key values mismatch": "is not the key of the certificate that goes with it",
+}
+
+
 class TlsError(LazymigError):
     """A connection that TLS has refused, or certificates that cannot be used."""
 
@@ -135,7 +143,15 @@ class Context:
         crl = os.fsencode(credentials.crl) if credentials.crl else ffi.NULL
         self._tls: CData = lib.lm_tls_new(words[0], crl, words[1], words[2], server, report)
         if self._tls == ffi.NULL:
-            raise TlsError(_text(report), code="tls-file", hint="`lazymig keys issue HOST` makes the files")
+            path, _, reason = _text(report).rpartition(": ")
+            raise TlsError(
+                "is locked with a passphrase, and nobody is there to be asked for it"
+                if report.detail
+                else _FILES.get(reason, reason),
+                code="tls-file",
+                subject=path,
+                hint="`lazymig keys issue HOST` makes the files",
+            )
         self._server = server
 
     def handshake(self, fd: int, name: str, timeout_s: float, whom: str = "") -> Peer:
@@ -182,6 +198,10 @@ def unprivileged() -> None:
 
 
 _NOBODY = 65534
+_CLAIMED = {
+    "tls-unknown-authority",
+    "tls-certificate",
+}  # whoever made such a certificate may have written anything
 
 
 def _text(report: CData) -> str:
@@ -202,7 +222,7 @@ def _refusal(report: CData, peer: Peer, name: str, whom: str, server: bool) -> T
                 else "dial it by a name or address of its certificate, or say which with --tls-name"
             )
         elif peer.names:
-            what += f" (it is for {peer})"
+            what += f" (it says that it is for {peer})" if code in _CLAIMED else f" (it is for {peer})"
         return TlsError(what, code=code, hint=hint)
     if kind == lib.LM_TLS_ALERT:
         return TlsError(
@@ -215,7 +235,8 @@ def _refusal(report: CData, peer: Peer, name: str, whom: str, server: bool) -> T
             return TlsError(
                 f"this daemon wants TLS, and {whom} speaks plaintext",
                 code="tls-required",
-                hint=f"give {whom} a certificate: `lazymig keys issue`; or start this daemon with --insecure",
+                hint=f"give {whom} a certificate (`lazymig keys issue`) and no --insecure; "
+                "or start this daemon with --insecure",
             )
         return TlsError(
             "the daemon there speaks plaintext",
