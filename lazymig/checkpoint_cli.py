@@ -131,4 +131,4 @@ def restore(
         reached = wire() if source is not None else opt.Wire()
         run_restore(RestoreOptions(images_dir, lazy=lazy, source=source, wire=reached), shown.event)
 
-    run(work, as_json)
+    run(work, as_json, report.FAILED_RESTORE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,9 +116,15 @@ def stdio(refusal: str, where: str) -> Decorator:
     )
 
 
-def run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
-    """Does ``work``, shows its events, refusals and errors, and leaves with the exit status that they mean."""
+def run(
+    work: Callable[[report.Reporter], None], as_json: bool, failed: tuple[str, str] = report.FAILED_MOVE
+) -> None:
+    """Does ``work``, shows its events, refusals and errors, and leaves with the exit status that they mean.
+
+    ``failed``: what its failures mean for the process, see report.py.
+    """
     shown = report.reporter(as_json=as_json)
+    shown.failed = failed
     try:
         work(shown)
     except RefusedError as e:
@@ -125,6 +132,9 @@ def run(work: Callable[[report.Reporter], None], as_json: bool) -> None:
             shown.event({"event": "refused", "refusals": [r.to_wire() for r in e.refusals]})
     except LazymigError as e:
         shown.error(e)
+    except Exception as e:
+        traceback.print_exc()  # a bug of ours: whoever reports it needs more than its name
+        shown.error(LazymigError(repr(e), code="internal"))
     finally:
         shown.close()
     sys.exit(shown.exit_status)

@@ -100,26 +100,22 @@ def recover(
     """
     from lazymig.migrate import recover as work
 
-    run(lambda shown: work.recover(number, to, state_dir, shown.event, wire()), as_json)
+    run(lambda shown: work.recover(number, to, state_dir, shown.event, wire()), as_json, report.FAILED)
 
 
 @click.command()
 @click.argument("number", metavar="ID")
 @click.option("--yes", "sure", is_flag=True, help="Even though the other host can be reached.")
-@click.option(
-    "--wake",
-    "original",
-    flag_value="wake",
-    help="On the source: the original runs on from where it was frozen.",
-)
-@click.option("--end", "original", flag_value="end", help="On the source: the original is killed.")
+@click.option("--wake", is_flag=True, help="On the source: the original runs on from where it was frozen.")
+@click.option("--end", is_flag=True, help="On the source: the original is killed.")
 @STATE_DIR
 @wire
 @AS_JSON
 def abandon(
     number: str,
     sure: bool,
-    original: str | None,
+    wake: bool,
+    end: bool,
     state_dir: Path | None,
     wire: Callable[[], opt.Wire],
     as_json: bool,
@@ -131,9 +127,13 @@ def abandon(
     """
     from lazymig.migrate import recover as work
 
+    if wake and end:
+        raise click.UsageError("give either --wake or --end")
+    original = "wake" if wake else "end" if end else None
     run(
         lambda shown: work.abandon(
             number, state_dir, sure=sure, original=original, on_event=shown.event, wire=wire()
         ),
         as_json,
+        report.FAILED,
     )

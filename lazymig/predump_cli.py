@@ -48,4 +48,4 @@ def untrack(pid: int, as_json: bool) -> None:
     def work(shown: report.Reporter) -> None:
         shown.event({"event": "done", "pid": pid, "untracked": chain.untrack(pid)})
 
-    run(work, as_json)
+    run(work, as_json, report.FAILED)

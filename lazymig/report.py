@@ -110,13 +110,12 @@ def _preflight(e: Event) -> str:
     return f"preflight: pid {number(e, 'pid'):.0f} can be moved, {number(e, 'files'):.0f} files are the same there"
 
 
-def _failed(e: Event) -> str:
-    after = (
-        "failed after commit, the process belongs to the destination"
-        if e.get("committed")
-        else "failed, the process runs on here"
-    )
-    return f"{after}: {problem(_mapping(e, 'error'))}"
+def _failed(e: Event, words: tuple[str, str] | None = None) -> str:
+    error = _mapping(e, "error")
+    before, after = FAILED_MOVE if words is None else words
+    if e.get("committed"):
+        return f"{after}: {problem(error)}"
+    return f"{'failed' if error.get('code') in _WITHOUT_PROCESS else before}: {problem(error)}"
 
 
 def _refused(e: Event) -> str:
@@ -136,6 +135,14 @@ def _dumped(e: Event) -> str:
     return f"written; {lazy:,.0f} pages stay in the stopped process until somebody takes them"
 
 
+# What a failure means, before commit and after it, to somebody who moves, restores, or does something else.
+FAILED_MOVE = (
+    "failed, the process runs on here",
+    "failed after commit, the process belongs to the destination",
+)
+FAILED_RESTORE = ("failed, there is no process", "failed, the process runs and waits where memory is missing")
+FAILED = ("failed", "failed")
+_WITHOUT_PROCESS = ("process-gone", "unknown-migration")  # there is none that could run on
 _DONE_KINDS = ("done", "recovered", "abandoned")
 _LINES: dict[str, Callable[[Event], str]] = {
     "recovered": lambda e: f"connected again: {number(e, 'left'):,.0f} pages left",
@@ -218,9 +225,11 @@ def daemon_line(event: Event) -> str:
     return f"[{who}] {text}" if who else text
 
 
-def line(event: Event) -> str:
-    """An event as text; most are one line."""
+def line(event: Event, failed: tuple[str, str] | None = None) -> str:
+    """An event as text; most are one line. ``failed``: what a failure means before and after commit."""
     kind = str(event.get("event", ""))
+    if kind == "failed":
+        return _failed(event, failed)
     known = _LINES.get(kind)
     return known(event) if known else f"{clean(kind)}: {_rest(event)}"
 
@@ -283,6 +292,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self.committed = False
+        self.failed = FAILED_MOVE
         self.final: Event | None = None
 
     def event(self, event: Event) -> None:
@@ -350,7 +360,7 @@ class PlainReporter(Reporter):
             self._drained = left
         bad = event.get("event") in ("warning", "failed", "refused")
         out = self._err if bad else self._out
-        out.write(line(event) + "\n")
+        out.write(line(event, self.failed) + "\n")
         out.flush()
 
 
@@ -397,7 +407,7 @@ class LiveReporter(Reporter):
             style = {"warning": "yellow", "failed": "bold red", "refused": "bold red"}.get(str(kind), "")
             if kind in ("failed", "refused"):
                 self.close()
-            self._console.print(Text(line(event), style=style))
+            self._console.print(Text(line(event, self.failed), style=style), soft_wrap=True)
             return
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False)

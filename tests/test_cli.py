@@ -194,6 +194,7 @@ def test_version():
         ["lazy-pages", "--listen", ":7077"],
         ["predump", "1"],
         ["untrack"],
+        ["abandon", "x", "--wake", "--end"],
     ],
 )
 def test_wrong_usage(args):

@@ -11,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,40 @@ def test_a_process_that_is_not_there():
     assert r.returncode in (1, 3)
     last = json.loads(r.stdout.splitlines()[-1])
     assert str(p.pid) in json.dumps(last)
+
+
+@pytest.mark.parametrize("command", ["migrate", "dump", "predump"])
+def test_numbers_that_are_no_processes(command, tmp_path):
+    """A thread's, and a kernel thread's where this pid namespace has one."""
+    told = {"migrate": ("--to", "127.0.0.1:1")}.get(command, ("-D", str(tmp_path / "0")))
+    kernel = [int(p.name) for p in Path("/proc").glob("[0-9]*") if (p / "comm").read_text() == "kthreadd\n"]
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(threading.get_native_id).result()
+        pool.submit(ended.wait, 60)
+        try:
+            for number, code in ((other, "thread"), *((k, "kernel-thread") for k in kernel)):
+                r = subprocess.run(
+                    [*LAZYMIG, command, str(number), *told, "--json"],
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                )
+                assert r.returncode == 3, r.stderr
+                assert [x["code"] for x in json.loads(r.stdout)["refusals"]] == [code]
+        finally:
+            ended.set()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_migration_that_was_never_there_is_nobodys():
+    r = subprocess.run(
+        [*LAZYMIG, "migrate", "--resume", "nonesuch"], capture_output=True, text=True, timeout=60
+    )
+    assert r.returncode == 1
+    assert "unknown-migration" in r.stderr
+    assert "belongs" not in r.stderr
+    assert "runs on" not in r.stderr
 
 
 def test_what_cannot_move_is_refused_by_name():

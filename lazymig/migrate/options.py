@@ -160,7 +160,11 @@ class PredumpOptions:
 def check_link_timeout(seconds: float) -> None:
     """OptionError unless it is one that TCP can keep: its keep-alives are in whole seconds."""
     if not 2 <= seconds <= 3600:
-        raise OptionError("must be between 2 s and an hour", subject="--link-timeout")
+        raise OptionError(
+            "must be between 2 s and an hour",
+            subject="--link-timeout",
+            hint="20s, say: without a unit it is milliseconds",
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -94,6 +94,7 @@ class ResumedMigration:
     def _load(self) -> tuple[Event, MigrateOptions, RangeSet]:
         entry = registry.entry_of(registry.ENGINES, self.number)
         if entry is None or "options" not in entry:
+            self.committed = False  # as far as is known here
             raise LazymigError(
                 "no such migration was left behind here",
                 code="unknown-migration",

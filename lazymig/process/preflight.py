@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 
-from lazymig.errors import ProcessGoneError, Refusal
+from lazymig.errors import ProcessGoneError, Refusal, RefusedError
 from lazymig.kernel import procfs
 from lazymig.kernel.procfs import MapsEntry, Status
 from lazymig.process import calls, fs
@@ -70,6 +70,13 @@ def collect_refusals(
     _cgroup(pid, notes)
     _lsm(pid, notes)
     return found, notes
+
+
+def refuse_other_kinds(pid: int) -> None:
+    """RefusedError for what has a number but no memory of its own: a thread, a kernel thread. ProcessGoneError."""
+    first = next(_process(pid, _status(pid)), None)
+    if first is not None and first.code in ("thread", "kernel-thread"):
+        raise RefusedError([first])
 
 
 def _status(pid: int) -> Status:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lazymig.errors import ProcessGoneError, SyscallError
 from lazymig.native import CData, ffi, lib
-from lazymig.process import calls
+from lazymig.process import calls, preflight
 
 _ROW = struct.Struct("iiIIIIIIQQQQQ")  # lm_fd
 
@@ -34,13 +34,15 @@ class Row(NamedTuple):
 class SourceProcess:
     """A running or stopped process of this machine; all paths and numbers are as this process sees them.
 
-    Raises ProcessGoneError when it has ended, SyscallError when this process may not look into it.
+    Raises ProcessGoneError when it has ended, SyscallError when this process may not look into it, RefusedError
+    for a thread's number, or a kernel thread's.
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.pidfd = -1
         self._room: CData = ffi.new("char[]", 1 << 20)
+        preflight.refuse_other_kinds(pid)
         try:
             self.pidfd = os.pidfd_open(pid)
         except ProcessLookupError as e:
