@@ -72,6 +72,7 @@ class BulkSender:
 
     def limit(self, bytes_per_s: int) -> None:
         """Sets the bandwidth limit in bytes per second; 0: none."""
+        self._limit = bytes_per_s
         lib.lm_bulk_limit(self.bulk, bytes_per_s)
 
     def cancel(self) -> None:
@@ -101,11 +102,16 @@ class BulkSender:
         return self._stats(start)
 
     def send_now(self, seq: int, parts: Parts) -> SendStats:
-        """The same without a thread, holding up the event loop: for the few pages that cross in a freeze."""
+        """The same without a thread, holding up the event loop: for the few pages that cross in a freeze.
+
+        The limit does not count here: all of the process waits for them.
+        """
         c_parts = pack_parts(parts)
         start = time.monotonic()
         lib.lm_bulk_arm(self.bulk, -1)
+        lib.lm_bulk_limit(self.bulk, 0)
         self._round(seq, c_parts, len(parts))
+        lib.lm_bulk_limit(self.bulk, self._limit)
         return self._stats(start)
 
     def _stats(self, start: float) -> SendStats:

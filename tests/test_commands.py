@@ -149,6 +149,15 @@ def test_without_a_daemon_json_tells_so(sleeper):
     assert not last["committed"]
 
 
+@pytest.mark.parametrize(("to", "why"), [("127.0.0.1:1", "refused"), ("no-such.invalid", "ame")])
+def test_why_nobody_answers(sleeper, to, why):
+    r = migrate(sleeper, "--to", to, "--insecure")
+    assert r.returncode == 1
+    assert "[no-daemon]" in r.stderr
+    assert why in r.stderr.partition("(")[2].partition(")")[0]
+    assert "Errno" not in r.stderr
+
+
 def test_a_silent_peer_does_not_hang_the_command(sleeper):
     before = trace(sleeper)
     with socket.create_server(("127.0.0.1", 0)) as s:

@@ -203,6 +203,17 @@ async def test_the_bandwidth_limit(stack):
     assert sent.seconds > 0.3
 
 
+async def test_what_crosses_in_a_freeze_is_not_limited(stack):
+    pair = Pair(stack, 512, limit_bytes_per_s=16 << 10)
+    pair.receiver.open_gate(0)
+    assert (
+        pair.sender.send_now(0, [(pair.source.all(), 0)]).seconds < 60
+    )  # of the two minutes that the limit wants
+    with trio.move_on_after(2) as scope:
+        await pair.sender.send_round(1, [(pair.source.all(), 0)])
+    assert scope.cancelled_caught  # what comes behind it is
+
+
 async def test_a_cancelled_round_ends_soon(stack):
     pair = Pair(stack, 2048, limit_bytes_per_s=1 << 20)
     pair.receiver.open_gate(0)

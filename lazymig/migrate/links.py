@@ -121,7 +121,7 @@ class Links:
                 await self.open_data(options)
             return answer, pending
         except OSError as e:
-            raise PeerLostError(f"no daemon answers there ({e})", subject=self.control.peer) from e
+            raise PeerLostError(f"no daemon answers there ({_why(e)})", subject=self.control.peer) from e
         except trio.TooSlowError:
             raise PeerLostError("it does not answer", subject=self.control.peer) from None
 
@@ -162,6 +162,23 @@ def unconnected(options: MigrateOptions, entry: Mapping[str, Any]) -> Links:
     return Links(control, str(entry["id"]), str(entry["secret"]), 0.0)
 
 
+def _why(error: BaseException) -> str:
+    """Why a connection could not be made: of the addresses that a name has, the first one's reason."""
+    if isinstance(error, trio.TooSlowError):
+        return "nothing came back"
+    found: BaseException | None = error
+    while isinstance(found, BaseExceptionGroup) or (isinstance(found, OSError) and found.errno is None):
+        inner = found.exceptions[0] if isinstance(found, BaseExceptionGroup) else found.__cause__
+        if inner is None:
+            break
+        found = inner
+    if (
+        isinstance(found, OSError) and found.errno
+    ):  # trio puts the address into the text, which is told already
+        return os.strerror(found.errno) if found.errno > 0 else str(found.strerror)
+    return str(found)
+
+
 async def connect(options: MigrateOptions) -> Links:
     """Connects to the daemon and agrees on version and capabilities. Raises PeerLostError, ProtocolError."""
     peer = f"{options.host}:{options.port}"
@@ -170,10 +187,10 @@ async def connect(options: MigrateOptions) -> Links:
             stream = await _dial(options)
     except (OSError, trio.TooSlowError) as e:
         raise PeerLostError(
-            f"no daemon answers there ({e})",
+            f"no daemon answers there ({_why(e)})",
             code="no-daemon",
             subject=peer,
-            hint="start `lazymig lazy-pages --listen ADDR:PORT` on the destination",
+            hint="start `lazymig lazy-pages --listen ADDR:PORT` on the destination, and dial that address",
         ) from e
     control = Channel(stream, peer)
     try:
