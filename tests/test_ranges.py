@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazymig.errors import ProtocolError
-from lazymig.kernel.ranges import EMPTY, PAGE, RangeSet
+from lazymig.kernel.ranges import EMPTY, PAGE, RangeSet, Spans
 
 pairs = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 8)), max_size=20).map(
     lambda items: [(start * PAGE, (start + n) * PAGE) for start, n in items]
@@ -96,3 +96,37 @@ def test_a_hundred_thousand_ranges():
     assert (a | b).pages == 300_000
     assert (a - b).pages == 100_000
     assert (a & b).pages == 100_000
+
+
+cuts = st.sets(st.integers(0, 60), min_size=2, max_size=20).map(sorted)
+
+
+@st.composite
+def spans(draw):
+    at = draw(cuts)
+    kept = draw(st.lists(st.booleans(), min_size=len(at) - 1, max_size=len(at) - 1))
+    return [(a * PAGE, b * PAGE) for a, b, k in zip(at, at[1:], kept, strict=False) if k]
+
+
+@given(spans(), pairs, st.integers(1, 8), st.sampled_from([1, 2, 4, 8]), st.integers(1, 40))
+def test_spans_stay_apart_where_they_touch(vmas, some, least, step, most):
+    x, wanted = Spans.of(vmas), pages(some)
+    assert list(x) == vmas
+    assert len(x) == len(vmas)
+    assert list(x.cut(RangeSet.of(some))) == [r for v in vmas for r in canonical(pages([v]) & wanted)]
+    assert x.holding(RangeSet.of(some)) == RangeSet.of(v for v in vmas if pages([v]) & wanted)
+    assert list(x.longer(least * PAGE)) == [(s, e) for s, e in vmas if e - s >= least * PAGE]
+    assert list(RangeSet.of(some).longer(least * PAGE)) == [
+        (s, e) for s, e in canonical(wanted) if e - s >= least * PAGE
+    ]
+    chopped = []
+    for s, e in vmas:
+        by = max(step * PAGE, (e - s) // most & -step * PAGE)
+        chopped += [(at, min(at + by, e)) for at in range(s, e, by)]
+    assert list(x.chopped(step * PAGE, most)) == chopped
+
+
+@pytest.mark.parametrize("bad", [[(1, PAGE)], [(PAGE, 0)], [(0, 0)], [(0, 2 * PAGE), (PAGE, 3 * PAGE)]])
+def test_spans_are_in_order(bad):
+    with pytest.raises(ValueError, match="spans"):
+        Spans.of(bad)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lazymig.errors import ProcessGoneError, SyscallError
-from lazymig.kernel.ranges import RangeSet
+from lazymig.kernel.ranges import RangeSet, Spans
 from lazymig.native import CData, ffi, lib
 
 WPALLOWED, WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO, HUGE, SOFT_DIRTY, GUARD = (1 << i for i in range(9))
@@ -90,16 +89,13 @@ class Pagemap:
         """Scans ``spans``; Unregistered with CHECK_WPASYNC, SyscallError otherwise."""
         return self._scan(query, spans.ptr, len(spans), None)
 
-    def scan_each(self, query: Query, pieces: Sequence[tuple[int, int]]) -> tuple[Regions, RangeSet]:
+    def scan_each(self, query: Query, pieces: Spans) -> tuple[Regions, RangeSet]:
         """Scans pieces that lie in one VMA each; those that are not registered are returned, not raised.
 
         Piece by piece, so that nothing that a WP_MATCHING scan re-armed is forgotten when a later piece fails.
         """
-        spans = ffi.new("lm_range[]", max(len(pieces), 1))
-        for i, (start, end) in enumerate(pieces):
-            spans[i].start, spans[i].end = start, end
         lost: list[tuple[int, int]] = []
-        found = self._scan(query, spans, len(pieces), lost)
+        found = self._scan(query, pieces.ptr, len(pieces), lost)
         return found, RangeSet.of(lost)
 
     def _scan(self, query: Query, spans: CData, n: int, lost: list[tuple[int, int]] | None) -> Regions:

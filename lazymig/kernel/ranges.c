@@ -102,6 +102,49 @@ uint64_t lm_ranges_intersect(const lm_range *a, uint64_t na, const lm_range *b, 
 	return n;
 }
 
+uint64_t lm_ranges_cut(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out)
+{
+	uint64_t i = 0, j = 0, n = 0;
+
+	while (i < na && j < nb) {
+		uint64_t start = a[i].start > b[j].start ? a[i].start : b[j].start;
+		uint64_t end = a[i].end < b[j].end ? a[i].end : b[j].end;
+
+		if (start < end)
+			out[n++] = (lm_range){start, end};
+		if (a[i].end < b[j].end)
+			i++;
+		else
+			j++;
+	}
+	return n;
+}
+
+uint64_t lm_ranges_chop(const lm_range *r, uint64_t n, uint64_t step, uint64_t most, lm_range *out, uint64_t cap)
+{
+	uint64_t i, found = 0;
+
+	for (i = 0; i < n; i++) {
+		uint64_t at, by = (r[i].end - r[i].start) / most & ~(step - 1);
+
+		by = by > step ? by : step;
+		for (at = r[i].start; at < r[i].end; at += by, found++)
+			if (found < cap)
+				out[found] = (lm_range){at, r[i].end - at < by ? r[i].end : at + by};
+	}
+	return found;
+}
+
+uint64_t lm_ranges_long(const lm_range *r, uint64_t n, uint64_t least, lm_range *out)
+{
+	uint64_t i, k = 0;
+
+	for (i = 0; i < n; i++)
+		if (r[i].end - r[i].start >= least)
+			out[k++] = r[i];
+	return k;
+}
+
 uint64_t lm_ranges_touching(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out)
 {
 	uint64_t i, j = 0, n = 0;

@@ -14,6 +14,13 @@ int lm_ranges_valid(const lm_range *r, uint64_t n);
 uint64_t lm_ranges_union(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out);
 uint64_t lm_ranges_subtract(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out);
 uint64_t lm_ranges_intersect(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out);
+/* What a and b share, in as many pieces as there are: here both may hold ranges that touch, and so does the result. */
+uint64_t lm_ranges_cut(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out);
+/* Cuts ranges into pieces of `step` bytes (a power of two), but none into many more than `most`. Returns how many there
+ * are, also when that is more than `cap`; touching ranges stay apart. */
+uint64_t lm_ranges_chop(const lm_range *r, uint64_t n, uint64_t step, uint64_t most, lm_range *out, uint64_t cap);
+/* Those of at least this many bytes; `out` has room for n. Touching ranges stay apart. */
+uint64_t lm_ranges_long(const lm_range *r, uint64_t n, uint64_t least, lm_range *out);
 /* Those ranges of a, whole, that share anything with b; `out` has room for na. */
 uint64_t lm_ranges_touching(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out);
 /* Sum of the lengths in bytes. */

@@ -10,7 +10,7 @@ from lazymig.errors import ProtocolError
 from lazymig.native import CData, ffi, lib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 PAGE = 4096
 _PAIR = struct.Struct("=QQ")
@@ -178,6 +178,11 @@ class RangeSet:
         n = lib.lm_ranges_touching(self._r, self._n, other._r, other._n, out)
         return self._wrap(out, n, self._n)
 
+    def longer(self, least: int) -> RangeSet:
+        """Those of this set's ranges that are of ``least`` bytes or more."""
+        out = _array(self._n)
+        return self._wrap(out, lib.lm_ranges_long(self._r, self._n, least, out), self._n)
+
     def covers(self, other: RangeSet) -> bool:
         """Whether every page of ``other`` is in this set."""
         return bool(lib.lm_ranges_cover(self._r, self._n, other._r, other._n))
@@ -185,6 +190,65 @@ class RangeSet:
     def __repr__(self) -> str:
         shown = ", ".join(f"{s:x}-{e:x}" for s, e in (self[i] for i in range(min(4, self._n))))
         return f"RangeSet({shown}{', …' if self._n > 4 else ''}; {self.pages} pages)"
+
+
+class Spans:
+    """Immutable sorted, disjoint, page-aligned spans, of which some may touch: what a set of pages would join.
+
+    VMAs are such: the kernel treats each on its own.
+    """
+
+    __slots__ = ("_n", "_r")
+
+    def __init__(self, array: CData, n: int) -> None:
+        """Over an array made by C."""
+        self._r = array
+        self._n = n
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, int]]) -> Spans:
+        """From pairs in order. ValueError when they are not in order, overlap, are empty or not aligned."""
+        array = _array(len(pairs))
+        ffi.memmove(array, b"".join([_PAIR.pack(s, e) for s, e in pairs]), len(pairs) * _PAIR.size)
+        if not lib.lm_ranges_valid(array, len(pairs)):
+            raise ValueError("spans are not sorted, disjoint and page-aligned")
+        return cls(array, len(pairs))
+
+    @property
+    def ptr(self) -> CData:
+        """``lm_range *`` for C, good as long as these are referenced; ``len()`` of them."""
+        return self._r
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return _PAIR.iter_unpack(bytes(ffi.buffer(self._r, self._n * _PAIR.size)))
+
+    def cut(self, pages: RangeSet) -> Spans:
+        """What of each span is among ``pages``: they cut at the borders of the spans."""
+        out = _array(self._n + len(pages))
+        return Spans(out, lib.lm_ranges_cut(self._r, self._n, pages.ptr, len(pages), out))
+
+    def holding(self, pages: RangeSet) -> RangeSet:
+        """The spans, whole, that hold any of ``pages``."""
+        out = _array(self._n)
+        n = lib.lm_ranges_touching(self._r, self._n, pages.ptr, len(pages), out)
+        return RangeSet.from_ptr(out, n)
+
+    def longer(self, least: int) -> Spans:
+        """Those of ``least`` bytes or more."""
+        out = _array(self._n)
+        return Spans(out, lib.lm_ranges_long(self._r, self._n, least, out))
+
+    def chopped(self, step: int, most: int) -> Spans:
+        """Cut into pieces of ``step`` bytes (a power of two); larger ones where else there would be many more than
+        ``most`` of a span."""
+        n = lib.lm_ranges_chop(self._r, self._n, step, most, ffi.NULL, 0)
+        if n == self._n:
+            return self
+        out = _array(n)
+        return Spans(out, lib.lm_ranges_chop(self._r, self._n, step, most, out, n))
 
 
 EMPTY = RangeSet()

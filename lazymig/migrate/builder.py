@@ -19,7 +19,7 @@ from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
 from lazymig.migrate.capture import Capture
 from lazymig.migrate.options import Mode
-from lazymig.migrate.parts import lazy_capable
+from lazymig.migrate.parts import lazy_areas, lazy_capable, warm_destination
 from lazymig.native import ffi, lib
 from lazymig.pb import descriptors_pb2
 from lazymig.process import calls, state
@@ -110,6 +110,7 @@ class Builder:
                 if fd is not None:
                     self.memory.adopt_object(v.dev, v.inode, os.dup(fd))
         self.memory.apply(d, dict(sizes))
+        warm_destination(self.memory.layout)
 
     def register_membarrier(self, registrations: int) -> None:
         """Registers for membarrier(2) while that is cheap: with one thread; without effect later."""
@@ -219,7 +220,7 @@ class Builder:
         capable = lazy_capable(self.memory.layout, Mode.HYBRID)
         if not capable.covers(lazy):
             raise ProtocolError("lazy pages where memory cannot be lazy")
-        areas = capable.touching(lazy)
+        areas = lazy_areas(self.memory.layout, lazy)
         self.lazy.arm(areas, lazy)
         if self.record is not None:
             self.record.begin(self.lazy, areas, lazy, self.skeleton.keeper.fileno())

@@ -17,6 +17,7 @@ from lazymig.kernel.inject import Injection
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames
 from lazymig.migrate.frames import MAX_THREADS
+from lazymig.migrate.parts import guarded
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
 from lazymig.process import state, twins
 from lazymig.process.threads import ThreadImage, dump_xcomp
@@ -130,5 +131,5 @@ def rehearse() -> None:
 
 def _guards(target: Target) -> RangeSet:
     """Guard pages, where the flags say that there may be some."""
-    places = RangeSet.of((v.start, v.end) for v in target.layout if "gu" in v.flags)
+    places = guarded(target.layout)
     return target.guards(places) if places else RangeSet()

@@ -14,6 +14,7 @@ from lazymig.migrate import frames
 from lazymig.migrate.channel import PATIENCE_S, Channel
 from lazymig.migrate.judge import Who, describe
 from lazymig.migrate.options import MAX_STREAMS, MigrateOptions, Mode, Stdio
+from lazymig.migrate.parts import written
 from lazymig.migrate.target import Target
 from lazymig.pb import descriptors_pb2
 from lazymig.process import cpu, files, identity, preflight
@@ -25,7 +26,7 @@ from lazymig.process.descriptors import (
     boot_digest,
     dump_from,
 )
-from lazymig.process.vmas import PROT_WRITE, Kind, Layout, Vma
+from lazymig.process.vmas import Kind, Layout, Vma
 
 MAX_FILES = 1 << 17
 
@@ -127,16 +128,10 @@ def make_offer(target: Target, options: MigrateOptions, dumper: DescriptorDumper
 
 def _files(draft: descriptors_pb2.DescriptorsDump, layout: Layout) -> list[files.FileFacts]:
     """Every file that the process maps or has open: they must be the same on both hosts."""
-    written = _written(layout)
+    through = written(layout)
     mapped = {v.path for v in layout if v.kind in (Kind.FILE, Kind.SHARED_FILE) and not v.deleted}
-    facts = (files.facts_of(path, mapped=True, writing=path in written) for path in mapped)
+    facts = (files.facts_of(path, mapped=True, writing=path in through) for path in mapped)
     return files.merge([[f for f in facts if f is not None], files.facts_of_dump(draft)])
-
-
-def _written(layout: Layout) -> set[str]:
-    """Files that the process writes to through a mapping: their time stamps change at any moment, or not at all."""
-    shared = (v for v in layout if v.kind is Kind.SHARED_FILE and not v.deleted)
-    return {v.path for v in shared if v.prot & PROT_WRITE}
 
 
 def check_offer(offer: Offer) -> tuple[list[Refusal], list[str]]:
@@ -163,7 +158,7 @@ def writable_facts(
     dump: descriptors_pb2.DescriptorsDump, layout: Layout | None = None
 ) -> list[dict[str, object]]:
     """The files that the frozen process writes to, as they are now; with ``layout`` also through mappings."""
-    through = [files.facts_of(path, writing=True) for path in _written(layout or Layout([]))]
+    through = [files.facts_of(path, writing=True) for path in (layout.once(written) if layout else ())]
     found = files.merge([files.facts_of_dump(dump), [f for f in through if f is not None]])
     return [f.to_wire() for f in found if f.writing]
 

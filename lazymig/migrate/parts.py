@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lazymig.kernel.ranges import RangeSet
+from lazymig.kernel.ranges import RangeSet, Spans
 from lazymig.migrate.options import Mode
 from lazymig.native import ffi, lib
-from lazymig.process.vmas import Layout, Vma
+from lazymig.process.vmas import PROT_WRITE, Kind, Layout, Vma
 from page_server.wire import FORCE, ZEROABLE
 
 SMALL_VMA = 8 << 20  # pages of smaller VMAs are rather sent in the freeze: a program touches them at once
@@ -63,6 +63,42 @@ def lazy_capable(layout: Layout, mode: Mode) -> RangeSet:
     return layout.where(_lazy) if mode in (Mode.HYBRID, Mode.POSTCOPY) else RangeSet()
 
 
+def lazy_areas(layout: Layout, lazy: RangeSet) -> RangeSet:
+    """What must be registered for these ``lazy`` pages: of the memory that can be lazy the mappings that hold any.
+
+    The kernel takes most of a microsecond for each mapping.
+    """
+    return layout.once(_lazy_spans).holding(lazy)
+
+
+def _lazy_spans(layout: Layout) -> Spans:
+    """The mappings whose pages may be missing, never less than what the kernel has as one.
+
+    What the layout has in pieces, since it grew bit by bit, is one mapping; were a part of it registered, it would be
+    two, and the process's mremap of it would fail. Other rights always make it another one.
+    """
+    spans: list[tuple[int, int]] = []
+    last: Vma | None = None
+    for v in layout:
+        if not _lazy(v):
+            continue
+        if last is not None and (last.end, last.prot, last.kind) == (v.start, v.prot, v.kind):
+            spans[-1] = (spans[-1][0], v.end)
+        else:
+            spans.append((v.start, v.end))
+        last = v
+    return Spans.of(spans)
+
+
+def guarded(layout: Layout) -> RangeSet:
+    """Memory that may hold guard pages, as far as its flags tell."""
+    return layout.where(_guarded)
+
+
+def _guarded(v: Vma) -> bool:
+    return "gu" in v.flags
+
+
 def split_eager(layout: Layout, pages: RangeSet, needed: RangeSet, mode: Mode) -> tuple[RangeSet, RangeSet]:
     """Splits the freeze's pages into (eager, lazy). ``needed`` are pages the first instructions use."""
     lazy = pages & lazy_capable(layout, mode)
@@ -74,11 +110,27 @@ def split_eager(layout: Layout, pages: RangeSet, needed: RangeSet, mode: Mode) -
 
 
 def warm(layout: Layout, mode: Mode) -> None:
-    """Works out all sets that the freeze needs, before it."""
+    """Works out all sets that the source's freeze needs, before it."""
     split_eager(layout, RangeSet(), RangeSet(), mode)
     classify(layout, RangeSet())
     locked(layout)
+    guarded(layout)
     layout.ranges()
+    layout.ranges(Kind.MEMFD)
+    layout.once(written)
+
+
+def warm_destination(layout: Layout) -> None:
+    """The same for the destination's part of it."""
+    layout.ranges()
+    lazy_capable(layout, Mode.HYBRID)
+    lazy_areas(layout, RangeSet())
+
+
+def written(layout: Layout) -> frozenset[str]:
+    """Files that the process writes to through a mapping: their time stamps change at any moment, or not at all."""
+    shared = (v for v in layout if v.kind is Kind.SHARED_FILE and not v.deleted)
+    return frozenset(v.path for v in shared if v.prot & PROT_WRITE)
 
 
 def few_pages(pid: int, pages: RangeSet) -> bytes | None:

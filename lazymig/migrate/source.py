@@ -302,6 +302,7 @@ class SourceMigration:
 
     async def _send_layout(self) -> None:
         warm(self.target.layout, self.options.mode)
+        self.target.mapped_objects()
         d = diff(self._sent_layout, self.target.layout, self._anew)
         self._sent_layout, self._anew = self.target.layout, RangeSet()
         if not d:

@@ -16,7 +16,7 @@ from lazymig.kernel import ptrace
 from lazymig.kernel.inject import Injection, find_gadget
 from lazymig.kernel.pagemap import Pagemap, VmaSnapshots
 from lazymig.kernel.ptrace import ThreadState
-from lazymig.kernel.ranges import RangeSet
+from lazymig.kernel.ranges import RangeSet, Spans
 from lazymig.process import signals
 from lazymig.process.descriptors import MappedObject, ObjectKey
 from lazymig.process.limits import MEMBARRIER_GET_REGISTRATIONS
@@ -283,7 +283,7 @@ class Target:
                 memory=layout.ranges(Kind.ANON, Kind.STACK),
                 files=layout.ranges(Kind.FILE),
                 shared=layout.ranges(*SHARED_MEMORY),
-                vmas=[(v.start, v.end) for v in layout if v.copied],
+                vmas=Spans.of([(v.start, v.end) for v in layout if v.copied]),
             )
             self._shared_vmas = [v for v in layout if v.shared_memory]
         self._mapped.used = self.extents.used(self._shared_vmas) if self._mapped.shared else RangeSet()

@@ -13,10 +13,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from lazymig.errors import LazymigError, ProcessGoneError, ProtocolError, unsound
 from lazymig.kernel.ranges import RangeSet
+
+T = TypeVar("T")
 
 MAX_VMAS = 1 << 17  # of one process; the kernel allows 65530 unless told otherwise (sysctl vm.max_map_count)
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -160,12 +162,12 @@ class Vma:
 class Layout:
     """A process's VMAs at one moment, sorted by address. Never changed once made."""
 
-    __slots__ = ("_ranges", "_starts", "vmas")
+    __slots__ = ("_found", "_starts", "vmas")
 
     def __init__(self, vmas: Iterable[Vma]) -> None:
         self.vmas = sorted(vmas, key=lambda v: v.start)
         self._starts = [v.start for v in self.vmas]
-        self._ranges: dict[object, RangeSet] = {}
+        self._found: dict[object, Any] = {}
 
     def __iter__(self) -> Iterator[Vma]:
         return iter(self.vmas)
@@ -183,14 +185,22 @@ class Layout:
         return self.where(lambda v: not kinds or v.kind in kinds, kinds)
 
     def where(self, choose: Callable[[Vma], bool], key: object = None) -> RangeSet:
-        """The addresses of the VMAs that ``choose`` takes; worked out once for each ``key`` (default: ``choose``).
+        """The addresses of the VMAs that ``choose`` takes; worked out once for each ``key`` (default: ``choose``)."""
+
+        def work(layout: Layout) -> RangeSet:
+            return RangeSet.of((v.start, v.end) for v in layout.vmas if choose(v))
+
+        return self.once(work, choose if key is None else key)
+
+    def once(self, work: Callable[[Layout], T], key: object = None) -> T:
+        """What ``work`` makes of it, worked out once for each ``key`` (default: ``work``).
 
         With tens of thousands of VMAs the freeze has no time for such loops, so they are run before it.
         """
-        key = choose if key is None else key
-        found = self._ranges.get(key)
-        if found is None:
-            found = self._ranges[key] = RangeSet.of((v.start, v.end) for v in self.vmas if choose(v))
+        key = work if key is None else key
+        if key not in self._found:
+            self._found[key] = work(self)
+        found: T = self._found[key]
         return found
 
     def to_wire(self) -> list[list[Any]]:

@@ -42,6 +42,8 @@ _ADVICE = {
     "wf": (18, 19),
 }
 
+_LAST_FLAGS = {"lo", "sl"}
+
 _HUGE = 1 << 30  # the flags of memory mapped just before the freeze are not known: do not fail for its size
 
 OpenFile = Callable[
@@ -96,6 +98,7 @@ class SkeletonMemory:
             before = old.find(v.start)
             s.run(*_advise(v, before.flags if before else frozenset()))
         self._name([*d.map, *d.change])
+        self.layout.once(_left_for_last)
 
     @staticmethod
     def _prot(v: Vma) -> int:
@@ -193,7 +196,7 @@ class SkeletonMemory:
     def finish(self) -> None:
         """What may only be done once all eager pages are in place: rights of shared memory, locks, seals."""
         calls: list[tuple[str | int, ...]] = []
-        for v in self.layout:
+        for v in self.layout.once(_left_for_last):
             if v.kind in SHARED_MEMORY and self._prot(v) != v.prot:
                 calls.append(("mprotect", SYS.mprotect, v.start, v.size, v.prot))
             if "lo" in v.flags:
@@ -209,6 +212,11 @@ class SkeletonMemory:
         for fd in self._objects.values():
             os.close(fd)
         self._objects.clear()
+
+
+def _left_for_last(layout: Layout) -> list[Vma]:
+    """The VMAs that `SkeletonMemory.finish` may have to do with."""
+    return [v for v in layout if v.kind in SHARED_MEMORY or not v.flags.isdisjoint(_LAST_FLAGS)]
 
 
 def _advise(v: Vma, before: frozenset[str]) -> list[tuple[str | int, ...]]:

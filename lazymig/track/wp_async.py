@@ -8,15 +8,14 @@ longer registered), pages that were dropped (MADV_DONTNEED), and exec (another a
 from __future__ import annotations
 
 import errno
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from lazymig.errors import SyscallError
 from lazymig.kernel import pagemap as pm
 from lazymig.kernel.pagemap import Pagemap, Query, Unregistered
-from lazymig.kernel.ranges import RangeSet
+from lazymig.kernel.ranges import RangeSet, Spans
 from lazymig.uffd.uffd import MODE_WP, Userfaultfd
 
 # A live round: written pages that are there, protected again. Holes match nothing, so they cost no page tables.
@@ -75,7 +74,7 @@ class Mapped:
     memory: RangeSet  # private anonymous memory: every page present is content
     files: RangeSet  # private file mappings: only pages that are no longer the file's are content
     shared: RangeSet  # shared memory: what its object holds is content
-    vmas: list[tuple[int, int]]  # the VMAs of all of these
+    vmas: Spans  # the VMAs of all of these
     used: RangeSet = field(default_factory=RangeSet)  # of ``shared``: what the objects hold just now
 
     @property
@@ -120,21 +119,21 @@ class WpAsyncTracker:
         """
         known = self.registered & now.all
         dense = self._dense(known & now.memory, now.vmas) if quick else RangeSet()
-        found, lost = self.pagemap.scan_each(_ROUND, _short(_vma_pieces(known - dense, now.vmas)))
+        found, lost = self.pagemap.scan_each(_ROUND, _short(now.vmas.cut(known - dense)))
         dirty = self._content(found, now)
         # Read since they were dropped. This scan has protected them, so no later one tells of them.
         zeroed = found.select(pm.PFNZERO)
         if dense:
-            found, also_lost = self.pagemap.scan_each(_QUICK_ROUND, _short(_vma_pieces(dense, now.vmas)))
+            found, also_lost = self.pagemap.scan_each(_QUICK_ROUND, _short(now.vmas.cut(dense)))
             dirty, lost = dirty | found.select(), lost | also_lost
         fresh, failed = now.all - (known - lost), RangeSet()
         if fresh:
             with paused() as now:
                 # Whole VMAs, even where a part counts as known: one that was patched over since would be split.
-                fresh = _whole_vmas(now.all - (known - lost), now.vmas) & now.all
+                fresh = now.vmas.holding(now.all - (known - lost)) & now.all
                 failed = self._register(fresh, now)
         first = _EVERYTHING if late else _FIRST
-        found, again = self.pagemap.scan_each(first, _short(_vma_pieces(fresh - failed, now.vmas)))
+        found, again = self.pagemap.scan_each(first, _short(now.vmas.cut(fresh - failed)))
         dirty = dirty | self._content(found, now)
         # What cannot be tracked, and what changed again meanwhile, counts as written whole.
         untracked = failed | again
@@ -153,10 +152,10 @@ class WpAsyncTracker:
         try:
             regions, lost = self.pagemap.scan(_FINAL, quick), RangeSet()
         except Unregistered:
-            regions, lost = self.pagemap.scan_each(_FINAL, _vma_pieces(quick, now.vmas))
+            regions, lost = self.pagemap.scan_each(_FINAL, now.vmas.cut(quick))
         written, holes = self._without_holes(regions.select())
         slow = now.all - (quick - lost)
-        found, also_lost = self.pagemap.scan_each(_FINAL_SLOW, _vma_pieces((slow & known) - lost, now.vmas))
+        found, also_lost = self.pagemap.scan_each(_FINAL_SLOW, now.vmas.cut((slow & known) - lost))
         dirty = self._content(found, now)
         fresh = (slow - known) | lost | also_lost
         if fresh:
@@ -170,7 +169,7 @@ class WpAsyncTracker:
         Returns also what the destination must drop there. Short runs are left: a second look costs more there
         than a lazy page that turns out to be zero.
         """
-        long = RangeSet.of(r for r in written if r[1] - r[0] >= _LONG_RUN)
+        long = written.longer(_LONG_RUN)
         if not long:
             return written, RangeSet()
         holes = self.holes(long)
@@ -182,20 +181,16 @@ class WpAsyncTracker:
 
     # ---- parts
 
-    def _dense(self, known: RangeSet, vmas: list[tuple[int, int]]) -> RangeSet:
+    def _dense(self, known: RangeSet, vmas: Spans) -> RangeSet:
         """The pieces of ``known`` that the destination holds nearly all of: there are hardly any holes in them."""
-        pieces = (
-            (piece, RangeSet.of([piece]))
-            for piece in _vma_pieces(known, vmas)
-            if piece[1] - piece[0] >= _LARGE
-        )
+        pieces = [(piece, RangeSet.of([piece])) for piece in vmas.cut(known).longer(_LARGE)]
         return RangeSet.of(piece for piece, span in pieces if (self.held & span).size > _DENSE * span.size)
 
     def _register(self, fresh: RangeSet, now: Mapped) -> RangeSet:
         """Registers memory for tracking; returns what the kernel does not register."""
         failed = self.uffd.register_many(fresh, MODE_WP)
         left: list[tuple[int, int]] = []
-        for start, end in _vma_pieces(failed, now.vmas):
+        for start, end in now.vmas.cut(failed):
             try:
                 self.uffd.register(start, end - start, MODE_WP)
             except SyscallError as e:
@@ -258,34 +253,9 @@ def guard_pages(pagemap: Pagemap, within: RangeSet) -> RangeSet:
         raise
 
 
-def _whole_vmas(spans: RangeSet, vmas: list[tuple[int, int]]) -> RangeSet:
-    """The VMAs that hold any of ``spans``."""
-    starts = [start for start, _ in vmas]
-    return RangeSet.of({vmas[bisect_right(starts, piece[0]) - 1]: None for piece in _vma_pieces(spans, vmas)})
-
-
-def _vma_pieces(spans: RangeSet, vmas: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """``spans`` cut at the borders of VMAs: registration and its loss go by VMA."""
-    pieces: list[tuple[int, int]] = []
-    ranges = list(spans)
-    i = 0
-    for start, end in vmas:
-        while i < len(ranges) and ranges[i][1] <= start:
-            i += 1
-        k = i
-        while k < len(ranges) and ranges[k][0] < end:
-            pieces.append((max(start, ranges[k][0]), min(end, ranges[k][1])))
-            k += 1
-    return pieces
-
-
-def _short(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _short(pieces: Spans) -> Spans:
     """``pieces`` cut into lengths that a live scan may be busy with: a call into the kernel keeps its processor.
 
     Enormous ones, which are nearly all holes, are not cut into more than a thousand.
     """
-    cut: list[tuple[int, int]] = []
-    for start, end in pieces:
-        step = max(_PIECE, (end - start) // 1024 & -_PIECE)
-        cut += [(at, min(at + step, end)) for at in range(start, end, step)]
-    return cut
+    return pieces.chopped(_PIECE, 1024)
