@@ -113,6 +113,8 @@ def _preflight(e: Event) -> str:
 def _failed(e: Event, words: tuple[str, str] | None = None) -> str:
     error = _mapping(e, "error")
     before, after = FAILED_MOVE if words is None else words
+    if error.get("code") == "commit-unknown":
+        return f"failed: {problem(error)}"
     if e.get("committed"):
         return f"{after}: {problem(error)}"
     return f"{'failed' if error.get('code') in _WITHOUT_PROCESS else before}: {problem(error)}"

@@ -321,6 +321,14 @@ def test_an_engine_that_is_killed_is_resumed(pair):
     (left,) = [m for m in under_way(pair.source) if (m["pid"], m["peer"]) == (writer.pid, pair.daemon.to)]
     assert left["state"] == "unattended"
     assert pair.source.alive(writer.pid)
+    # A wrong address changes nothing: neither what is dialled next, nor by what `abandon` judges.
+    patience = f"/run/lazymig/engines/{left['id']}.json"
+    short = ["sed", "-i", r's/"connect_timeout_s": [0-9.]*/"connect_timeout_s": 0.2/', patience]
+    pair.source.run(short, check=True)
+    wrong = ("--resume", left["id"], "--to", f"{pair.destination.address}:7099")
+    with Command(pair.source, "migrate", "--insecure", *wrong, "--json") as failing:
+        assert failing.until("failed", 20)["error"]["code"] == "commit-unknown"
+    assert [m["peer"] for m in under_way(pair.source) if m["id"] == left["id"]] == [pair.daemon.to]
     with Command(pair.source, "migrate", "--insecure", "--resume", left["id"], "--json") as resumed:
         done = resumed.until("done", 60)
         assert done["pid"] == writer.pid

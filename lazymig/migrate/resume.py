@@ -106,8 +106,6 @@ class ResumedMigration:
         options = saved_options(entry, self._wire)
         if self._address is not None:
             options = replace(options, host=self._address[0], port=self._address[1])
-            entry["options"] = {**entry["options"], "host": options.host, "port": options.port}
-            entry["peer"] = format_address(options.host, options.port)
         return entry, options, self._left_behind(options.pid)
 
     def _left_behind(self, pid: int) -> RangeSet:

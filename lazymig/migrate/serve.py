@@ -170,6 +170,7 @@ class Serving:
         while True:
             try:
                 answer, attached = await self._links.resume(self._options)
+                self._note_address()
                 # Nothing but what was left behind is served, whatever the destination asks for.
                 return answer, RangeSet.from_bytes(attached) & self._lazy
             except (LazymigError, ValueError) as e:
@@ -207,16 +208,16 @@ class Serving:
 
     def _redirect(self, to: Sequence[Any] | None) -> None:
         """Dials another address from now on."""
-        if to is None or self.entry is None:
-            return
-        self._options = replace(self._options, host=str(to[0]), port=int(to[1]))
+        if to is not None:
+            self._options = replace(self._options, host=str(to[0]), port=int(to[1]))
+
+    def _note_address(self) -> None:
+        """The destination has answered here. No earlier: by what is noted `abandon` judges whether it is lost."""
         peer = format_address(self._options.host, self._options.port)
-        saved = {
-            **self.entry.fields.get("options", {}),
-            "host": self._options.host,
-            "port": self._options.port,
-        }
-        self.entry.set(peer=peer, options=saved)
+        if self.entry is None or self.entry.fields.get("peer") == peer:
+            return
+        address = {"host": self._options.host, "port": self._options.port}
+        self.entry.set(peer=peer, options={**self.entry.fields.get("options", {}), **address})
 
     async def finish(self) -> SourceStats:
         """Tells the destination that the original has ended, if it still listens; the counts of all attempts."""
