@@ -32,7 +32,8 @@ def _answer(text: str, what: str) -> dict[str, float]:
         raise BenchError(f"the floor's {what} told nothing: {text!r}") from e
 
 
-def _through(p: Place, mib: int) -> dict[str, float]:
+def through(p: Place, mib: int) -> dict[str, float]:
+    """The streams and the requests, between these two hosts."""
     asked = "1000" if p.link.rtt_ms else "4000"
     words = [str(program("floor")), "serve", p.destination.address, str(PORT), str(mib)]
     with p.destination.popen(words, stdout=PIPE) as server:
@@ -49,7 +50,7 @@ def measure(link: Link, mib: int = 256) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory, place(link, Path(directory)) as p:
         warm_memory(2 * mib + 64).close()
         local = _answer(p.source.run([program("floor"), "local"], timeout=60).stdout, "userfaultfd")
-        return {**_through(p, mib), **local}
+        return {**through(p, mib), **local}
 
 
 def floors(s: Scenario, run: Run, floor: dict[str, float]) -> dict[str, float]:

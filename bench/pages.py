@@ -57,6 +57,14 @@ GROUPS = (
         "1 and 10 Gbit/s by HTB; 0.2, 1 and 5 ms of round trip by a relay that delays every byte.",
         (*_MAIN, "fault_p50_us", "fault_p99_us"),
     ),
+    Group(
+        "bulk",
+        "How much of a link it takes",
+        "1 GiB of a process that writes next to nothing. Bulk transfer is pages and their frames by the time that they "
+        "took, until the last page is in its place; of the link they take that much with the headers of Ethernet, IP "
+        "and TCP. The floor sent as many bytes through the same two hosts right before.",
+        ("bulk_mbps", "link_percent", "total_ms", "downtime_ms", "wire_mib", "cpu_s", "cpu_per_gib_s"),
+    ),
     Group("threads", "Threads", "Each further thread works on memory of its own."),
     Group("vmas", "VMAs", "Beside those that every process has."),
 )

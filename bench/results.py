@@ -19,6 +19,8 @@ FIGURES = {
     "stall_ms": "stall, ms",
     "total_ms": "total, ms",
     "rate_mbps": "memory moved, MB/s",
+    "bulk_mbps": "bulk transfer, MB/s",
+    "link_percent": "of the link, %",
     "wire_mib": "on the wire, MiB",
     "residual_pages": "residual pages",
     "rounds": "rounds",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from bench import floor, machine, peers, redis_moves, touchers, writers
+from bench import bulk, floor, machine, peers, redis_moves, touchers, writers
 from bench.place import BenchError
 from bench.results import Outcome, Results, Run
 from bench.scenarios import CRIU, Scenario
@@ -17,6 +17,7 @@ from lazymig.errors import LazymigError
 Say = Callable[[str], None]
 KINDS: dict[str, Callable[[Scenario], Run]] = {
     "writer": writers.measure,
+    "bulk": bulk.measure,
     "toucher": touchers.measure,
     "redis": redis_moves.measure,
 }
@@ -88,9 +89,10 @@ def _one(s: Scenario, outcome: Outcome, results: Results, turn: str, say: Say) -
         say(f"{turn} {s.name}: FAILED: {e}")
         return
     base = results.floor.get(s.link.name)
-    run.floor = floor.floors(s, run, base) if base else {}
+    run.floor = {**(floor.floors(s, run, base) if base else {}), **run.floor}
     outcome.runs.append(run)
     shown = [("downtime_ms", "downtime", "ms"), ("stall_ms", "stall", "ms"), ("total_ms", "total", "ms")]
     shown += [("fault_p50_us", "fault p50", "us"), ("client_gap_ms", "clients' gap", "ms")]
+    shown += [("bulk_mbps", "bulk", "MB/s"), ("link_percent", "of the link", "%")]
     told = ", ".join(f"{n} {run.figures[k]:.2f} {u}" for k, n, u in shown if k in run.figures)
     say(f"{turn} {s.name}: {told}  ({time.monotonic() - began:.1f} s)")

@@ -7,6 +7,7 @@ varies one thing and keeps the rest, so that a figure can be read off.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,12 @@ class Link:
     rtt_ms: float = 0.0
 
     @property
+    def bytes_per_s(self) -> float:
+        """What it is limited to; 0: nothing."""
+        m = re.fullmatch(r"(\d+)([mg])bit", self.rate)
+        return int(m[1]) * {"m": 1e6, "g": 1e9}[m[2]] / 8 if m else 0.0
+
+    @property
     def name(self) -> str:
         """As reports call it."""
         return self.rate or (f"{self.rtt_ms:g}ms" if self.rtt_ms else "veth")
@@ -35,7 +42,9 @@ class Scenario:
     """One situation, and one way to move in it."""
 
     name: str  # GROUP/..., unique
-    kind: str = "writer"  # what moves: the self-verifying writer; toucher; redis
+    kind: str = (
+        "writer"  # what moves: the self-verifying writer; the same beside the floor (bulk); toucher; redis
+    )
     tool: str = LAZYMIG
     mode: str = "hybrid"
     mib: int = 64
@@ -143,6 +152,14 @@ def _links() -> Iterator[Scenario]:
             yield Scenario(f"link/{rtt:g}ms/{mode}", mib=64, mode=mode, link=Link(rtt_ms=rtt))
 
 
+def _bulk() -> Iterator[Scenario]:
+    """How much of a link the pages of a quiet process take."""
+    for rate, modes in (("", MODES[1:]), ("1gbit", MODES[1:3]), ("10gbit", MODES[1:])):
+        link = Link(rate=rate)
+        for mode in modes:
+            yield Scenario(f"bulk/{link.name}/{mode}", kind="bulk", mib=1024, pages=0, mode=mode, link=link)
+
+
 def _shapes() -> Iterator[Scenario]:
     """Threads and VMAs."""
     for threads in (16, 256):
@@ -228,7 +245,7 @@ def _redis() -> Iterator[Scenario]:
 
 def catalogue() -> list[Scenario]:
     """All scenarios, in the order of the report."""
-    makers = (_sizes, _rates, _patterns, _links, _shapes, _switches, _faults, _redis)
+    makers = (_sizes, _rates, _patterns, _links, _bulk, _shapes, _switches, _faults, _redis)
     return [s for make in makers for s in make()]
 
 

@@ -51,7 +51,7 @@ UNKNOWN = 0.2
 # A change that is larger than this, and than what the runs differ among themselves, is called one.
 NOTICEABLE = 0.05
 # Figures of which more is better; of all others less is.
-MORE_IS_BETTER = {"rate_mbps", "touch_mbps", "throughput_min"}
+MORE_IS_BETTER = {"rate_mbps", "bulk_mbps", "link_percent", "touch_mbps", "throughput_min"}
 
 
 @dataclass(frozen=True, slots=True)

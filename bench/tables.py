@@ -11,12 +11,23 @@ from bench.results import FIGURES, Outcome, Results
 from lazymig.plot import short
 
 # Few enough for a terminal.
-SHOWN = ("downtime_ms", "stall_ms", "total_ms", "rate_mbps", "wire_mib", "residual_pages", "cpu_s")
+SHOWN = (
+    "downtime_ms",
+    "stall_ms",
+    "total_ms",
+    "rate_mbps",
+    "bulk_mbps",
+    "link_percent",
+    "wire_mib",
+    "residual_pages",
+    "cpu_s",
+)
 # What a comparison looks at.
 COMPARED = (
     "downtime_ms",
     "stall_ms",
     "total_ms",
+    "bulk_mbps",
     "wire_mib",
     "slowdown_percent",
     "fault_p50_us",
@@ -54,7 +65,8 @@ def summary(found: Results) -> Table:
     """All scenarios, one a line."""
     table = Table(title=found.facts.get("machine", ""), title_justify="left")
     table.add_column("", no_wrap=True)
-    for figure in SHOWN:
+    shown = rows(found.outcomes, SHOWN)
+    for figure in shown:
         table.add_column(FIGURES[figure], justify="right")
     table.add_column("downtime / floor", justify="right")
     for o in found.outcomes:
@@ -63,7 +75,7 @@ def summary(found: Results) -> Table:
             continue
         summaries = o.summaries()
         ratio = floor_ratio(o, "downtime_ms")
-        table.add_row(o.name, *(brief(summaries.get(f)) for f in SHOWN), short(ratio) if ratio else "-")
+        table.add_row(o.name, *(brief(summaries.get(f)) for f in shown), short(ratio) if ratio else "-")
     return table
 
 

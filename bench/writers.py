@@ -35,18 +35,19 @@ class Moved:
 def measure(s: Scenario) -> Run:
     """One run of a scenario with the writer; raises BenchError when anything is wrong with it."""
     with warmed_place(s.link, s.mib) as (p, make_room):
-        writer = _start(p, s)
+        writer = start(p, s)
         time.sleep(SETTLE_S)
         writer.mark()
         time.sleep(QUIET_S)
         mover = _by_criu if s.tool == CRIU else _by_lazymig
         moved = mover(p, s, writer, make_room)
         time.sleep(AFTER_S)
-        _judge(writer, s)
+        judge(writer, s)
         return _run(s, moved, writer)
 
 
-def _start(p: Place, s: Scenario) -> Writer:
+def start(p: Place, s: Scenario) -> Writer:
+    """The writer that the scenario wants."""
     words = ["--mib", str(s.mib), "--pages-per-tick", str(s.pages), "--pattern", s.pattern]
     words += ["--threads", str(s.threads - 1)] if s.threads > 1 else []
     words += ["--vmas", str(s.vmas)] if s.vmas else []
@@ -56,7 +57,8 @@ def _start(p: Place, s: Scenario) -> Writer:
     return Writer(p.source, p.tmp / "writer", *words)
 
 
-def _judge(writer: Writer, s: Scenario) -> None:
+def judge(writer: Writer, s: Scenario) -> None:
+    """Lets the writer verify everything; raises BenchError for a wrong byte."""
     report = writer.report()
     errors = peers.own_errors(report) if s.tool == CRIU else list(report.errors)
     if errors or report.bad_pages:
@@ -82,11 +84,11 @@ def _by_lazymig(p: Place, s: Scenario, writer: Writer, make_room: Callable[[], N
         figures = {**told(move), **parts.figures(), "wire_mib": wire / (1 << 20)}
         times = dict(zip([str(e.get("event")) for e in move.events], move.arrivals, strict=True))
         run = Run(
-            steps=_numbers(move.final.get("breakdown")),
-            steps_there=_numbers(move.final.get("destination_breakdown")),
+            steps=numbers(move.final.get("breakdown")),
+            steps_there=numbers(move.final.get("destination_breakdown")),
             rounds=[e for e in move.events if e.get("event") == "round"],
-            bytes=_numbers(move.final.get("bytes")),
-            histogram_us=_counts(move.final.get("fault_histogram_us")),
+            bytes=numbers(move.final.get("bytes")),
+            histogram_us=counts(move.final.get("fault_histogram_us")),
         )
         return Moved(began, ended, move.freeze, times, figures, run)
 
@@ -116,10 +118,10 @@ def told(move: Move) -> dict[str, float]:
         "residual_pages": float(pages.get("lazy", 0) + pages.get("eager", 0)),
         "faults": move.number("faults"),
     }
-    counts = _counts(final.get("fault_histogram_us"))
-    if sum(counts):
+    hist = counts(final.get("fault_histogram_us"))
+    if sum(hist):
         for name, q in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999)):
-            figures[f"fault_{name}_us"] = quantile(counts, q)
+            figures[f"fault_{name}_us"] = quantile(hist, q)
     return figures
 
 
@@ -159,9 +161,13 @@ def _phases(moved: Moved, gaps: Gaps, thawed: int) -> dict[str, tuple[int, int]]
     return phases
 
 
-def _numbers(value: object) -> dict[str, float]:
-    return {str(k): float(v) for k, v in value.items()} if isinstance(value, dict) else {}
+def numbers(value: object) -> dict[str, float]:
+    """What of an event's part is a number, by name."""
+    if not isinstance(value, dict):
+        return {}
+    return {str(k): float(v) for k, v in value.items() if isinstance(v, int | float)}
 
 
-def _counts(value: object) -> list[int]:
+def counts(value: object) -> list[int]:
+    """A histogram of an event."""
     return [int(n) for n in value] if isinstance(value, Sequence) and not isinstance(value, str) else []

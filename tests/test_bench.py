@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_plot import parsed
 
 from bench import (
+    bulk,
     curve,
     floor,
     pages,
@@ -35,6 +36,7 @@ from bench.programs import program
 from bench.results import Outcome, Results, Run
 from bench.scenarios import Link, Scenario
 from lazymig.demo.hosts import DEVNULL, PIPE, Host
+from lazymig.demo.moves import Move
 from lazymig.demo.writer import Writer
 
 
@@ -180,6 +182,27 @@ def test_the_floor_of_a_switch_is_two_requests_and_what_crosses_inside():
     assert tables.floor_ratio(o, "stall_ms") == 0
 
 
+def test_bulk_transfer_is_frames_by_the_time_that_they_took_and_a_share_of_the_link():
+    rounds = (
+        {"event": "round", "kind": "copy", "ms": 900.0},
+        {"event": "round", "kind": "copy", "ms": 100.0},
+        {"event": "round", "kind": "punch", "ms": 50.0},
+    )
+    final = {
+        "event": "done",
+        "bytes": {"bulk": 1e9, "push": 3e8, "fault": 1e8},
+        "breakdown": {"stop": 9.0, "eager": 400.0, "prepare": 100.0},
+    }
+    move = Move(0, (*rounds, final), (1, 2, 3, 4), "", 2.0)
+    there = {"running": 5_000_000_000, "done": 5_200_000_000}
+    rates = {mode: bulk.rate(mode, move, there) for mode in scenarios.MODES}
+    expected = {"hybrid": 1000, "precopy": 1000, "stop-and-copy": 2000, "postcopy": 2000}
+    assert rates == pytest.approx(expected)
+    # 1448 bytes of a frame of 1514 are the program's.
+    assert bulk.link_percent(Link(rate="1gbit"), 1448 / 1514 * 125) == pytest.approx(100)
+    assert [Link(rate=r).bytes_per_s for r in ("10gbit", "5mbit", "")] == [1.25e9, 625e3, 0]
+
+
 def test_a_limit_is_for_the_median_and_a_fault_is_always_one():
     found = Results(
         outcomes=[outcome(limits={"downtime_ms": 2.0, "stall_ms": 0.5}, floors={"rate_mbps": 80})]
@@ -314,13 +337,31 @@ def test_a_tiny_benchmark_from_end_to_end(monkeypatch, tmp_path, capsys):
         assert f">{title}</h2>" in one
 
 
+def test_bulk_transfer_over_a_link_beside_its_floor(monkeypatch, tmp_path, capsys):
+    tiny = Scenario(
+        "bulk/5gbit/postcopy", kind="bulk", mib=16, pages=0, mode="postcopy", link=Link(rate="5gbit")
+    )
+    monkeypatch.setattr(scenarios, "catalogue", lambda: [tiny])
+    monkeypatch.setattr(floor, "measure", lambda link: {**FLOOR, "fault_p50_us": 1.0})
+    assert main(["--only", "bulk", "--runs", "1", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    run = results.read(tmp_path / "results.json").outcomes[0].runs[0]
+    # Both went through the limit, whose burst is a small part of 16 MiB.
+    for figures in (run.figures, run.floor):
+        assert 0 < figures["link_percent"] < 110
+        assert figures["link_percent"] == pytest.approx(bulk.link_percent(tiny.link, figures["bulk_mbps"]))
+    assert run.floor["bulk_mbps"] == run.figures["floor_stream_mbps"]
+    html = parsed((tmp_path / "report.html").read_text())
+    assert "How much of a link it takes" in html
+    assert "of the link, %" in html
+
+
 def test_one_wrong_byte_of_the_writer_is_a_failure(tmp_path):
     with Host("one") as host:
         writer = Writer(host, tmp_path / "writer", "--mib", "4", "--pages-per-tick", "0")
-        writers._judge(writer, Scenario("x", mib=4))
+        writers.judge(writer, Scenario("x", mib=4))
         poke(host.outer_pid(writer.pid), 4 << 20)
         with pytest.raises(BenchError, match="1 wrong pages: work: page"):
-            writers._judge(writer, Scenario("x", mib=4))
+            writers.judge(writer, Scenario("x", mib=4))
 
 
 def test_the_toucher_tells_its_times_and_finds_what_is_wrong(tmp_path):
