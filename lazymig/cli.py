@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+from click.core import ParameterSource
 
 from lazymig import html_report, report
 from lazymig.checkpoint_cli import dump, restore
@@ -92,6 +93,19 @@ def check(as_json: bool, no_cache: bool) -> None:
     )
 
 
+_OF_DROPIN = {"work_dir", "from_server", "address", "port", "protocol", "status_fd"}
+_OF_DAEMON = {"listen", "state_dir", "link_timeout", "policy"}
+
+
+def _check_kind(dropin: bool) -> None:
+    """UsageError for options of `lazy-pages` that would count for nothing with (or without) -D."""
+    ctx = click.get_current_context()
+    for p in ctx.command.params:
+        given = ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE
+        if given and p.name in (_OF_DAEMON if dropin else _OF_DROPIN):
+            raise click.UsageError(f"{p.opts[-1]} {'does not go with' if dropin else 'needs'} -D")
+
+
 @main.command("lazy-pages")
 @click.option(
     "--listen",
@@ -166,6 +180,7 @@ def lazy_pages(
     Whoever can connect can have a program run here as root. So beyond loopback it wants certificates
     (`lazymig keys` makes them) or --insecure.
     """
+    _check_kind(images_dir is not None)
     if images_dir is not None:
         if from_server and port is None:
             raise click.UsageError("--page-server needs --port")
@@ -206,14 +221,15 @@ def lazy_pages(
     metavar="TIME",
     default=f"{opt.DEFAULT_MAX_DOWNTIME_MS:g}ms",
     show_default=True,
-    help="Freeze as soon as the estimated downtime is below this.",
+    help="precopy: freeze as soon as the estimated downtime is below this. hybrid, whose freeze hardly depends on it, "
+    "goes on as long as rounds leave clearly less to fetch after the switch.",
 )
 @click.option(
     "--max-rounds",
     type=click.IntRange(min=1),
     default=opt.DEFAULT_MAX_ROUNDS,
     show_default=True,
-    help="Freeze after so many rounds whatever the estimate.",
+    help="Copy no more than so many rounds, whatever is left.",
 )
 @click.option(
     "--brake/--no-brake",

@@ -113,7 +113,7 @@ def verify(directory: Path, contents: bool, whole: bool, as_json: bool) -> None:
     else:
         for problem in problems:
             _say(problem.to_error())
-        _say(f"{len(problems)} problems" if problems else "sound")
+        _say(f"problems: {len(problems)}" if problems else "sound")
     sys.exit(report.EXIT_FAILED if problems else report.EXIT_OK)
 
 

@@ -155,6 +155,9 @@ _LINES: dict[str, Callable[[Event], str]] = {
     ),
     "woken": lambda _: "given up: the original runs on here from where it was frozen",
     "dumped": _dumped,
+    "listening": lambda e: (
+        f"they are had at {clean(format_address(str(e.get('address', '')), int(number(e, 'port'))))}"
+    ),
     "preflight": _preflight,
     "parent": lambda e: f"parent: {number(e, 'pages'):,.0f} pages are at the destination already",
     "round": _round,

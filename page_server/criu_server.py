@@ -70,11 +70,19 @@ class Receipt:
             self.tmp = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
             self._lock = os.open(self.tmp, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-        link = directory / _PARENT
-        if parent is not None and not link.is_symlink():
-            with telling("symlink", link):
-                link.symlink_to(parent)
-        self._parent = ImageDirectory(directory).parent
+        link, linked = directory / _PARENT, False
+        try:
+            if parent is not None and not link.is_symlink():
+                with telling("symlink", link):
+                    link.symlink_to(parent)
+                linked = True
+            self._parent = ImageDirectory(directory).parent
+        except LazymigError:
+            if linked:
+                link.unlink()
+            shutil.rmtree(self.tmp)
+            os.close(self._lock)
+            raise
         self._done: dict[wire.Target, str] = {}  # to the name of its pages file
         self._open: tuple[wire.Target, int, int] | None = None  # with the id and descriptor of its pages
 

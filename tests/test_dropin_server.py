@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import pytest
 from criu import sound, writer
@@ -180,6 +181,13 @@ def push(directory, entries, parent=None):
         peer.send(wire.CLOSE)
         status = peer.sock.recv(4, socket.MSG_WAITALL)
         return known, status, peer.end()
+
+
+def test_a_dump_before_that_is_not_there_leaves_nothing(tmp_path):
+    with pytest.raises(LazymigError) as e:
+        Receipt(tmp_path, Path("../nope"))
+    assert e.value.code == "bad-image"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_dump_lies_on_the_first(tmp_path):

@@ -143,5 +143,5 @@ class SourceServer:
             await session.part()
             return
         else:
-            text = f"the connection to {peer} broke ({error}); the pages are kept, connect again"
+            text = f"the connection to {peer} broke ({error.code}: {error.message}); the pages are kept, connect again"
         self.emit({"event": "warning", "text": text})

@@ -56,7 +56,12 @@ class DirectoryWriter:
         self._moved: list[Path] = []
         self._remove_leftovers()
         if self.directory.exists() and not self._is_free():
-            raise LazymigError("there is something already", code="layer-exists", subject=str(directory))
+            raise LazymigError(
+                "there is something already",
+                code="layer-exists",
+                subject=str(directory),
+                hint="name a directory that is not there yet",
+            )
         if parent is not None and not parent.is_dir():
             raise LazymigError("there is no such directory", code="no-parent", subject=str(parent))
         if compress:

@@ -50,7 +50,7 @@ def _identity(directory: Path) -> dict[str, Any]:
         return {k: found[k] for k in ("pid", "started", "boot", "layer")}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise LazymigError(
-            f"not a layer that predump made ({e})",
+            f"not a layer that predump made ({e.strerror if isinstance(e, OSError) else e})",
             code="bad-layer",
             subject=str(directory),
             hint="run lazymig predump",

@@ -309,4 +309,6 @@ class _Reader:
             m := re.fullmatch(r"(\d+)\s*([kmgt]?)(?:i?b)?", value.strip(), re.I | re.A)
         ):
             value = int(m[1]) * _SIZES[m[2].lower()]
+        if isinstance(value, str):
+            raise self._error(key, 'must be bytes, or a size such as "2G" or "64M"')
         return self._number(key, value)
