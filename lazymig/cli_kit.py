@@ -111,7 +111,8 @@ def stdio(refusal: str, where: str) -> Decorator:
         default=opt.Stdio.REFUSE.value,
         show_default=True,
         metavar="refuse|null|file[:PATH]",
-        help=f"What becomes of standard streams that lead to a terminal or another process: {refusal}, "
+        help=f"What becomes of standard streams, and other descriptors, that lead to a terminal or another "
+        f"process: {refusal}, "
         f"/dev/null, or append to a file {where} (/var/log/lazymig-PID.log).",
     )
 

@@ -169,6 +169,7 @@ def test_external_pipe_follows_the_choice(high_pipe, tmp_path):
         assert got[1].subject.startswith("fd 1 (pipe:[")
         assert "--stdio" in got[1].hint
         null = Taken(src, stdio="null")
+        assert not null.draft.warning
         assert null.restored(lambda: (os.read(0, 1), os.write(1, b"x"), os.readlink("/proc/self/fd/1"))) == (
             b"",
             1,
@@ -185,6 +186,13 @@ def test_external_pipe_follows_the_choice(high_pipe, tmp_path):
 
         assert to_file.restored(check) == (True, "/dev/null")
         assert text(log) == "before\nout\nerr\n"
+
+
+def test_what_else_than_a_standard_stream_is_led_elsewhere_is_told(high_pipe):
+    with stopped(lambda: os.closerange(5001, 5010)) as src:
+        (told,) = Taken(src, stdio="null").draft.warning
+        assert told.startswith("fd 5000 (pipe:[")
+        assert "/dev/null" in told
 
 
 def test_terminal_follows_the_choice():

@@ -236,7 +236,8 @@ class RegularFile(Kind):
         else:
             what = "a block device" if stat.S_ISBLK(mode) else "a device"
             number = f"{os.major(device)}:{os.minor(device)}"
-            ctx.refuse(f, f"{what} ({number}) has state that cannot be moved", code="fd-device")
+            reason = f"{what} ({number}) has state that cannot be moved"
+            ctx.refuse(f, reason, code="fd-device", hint="close it before the move")
         return False
 
     def _ghost(self, f: OpenFile, name: str, entry: fdinfo_pb2.file_entry, ctx: DumpContext) -> bool:

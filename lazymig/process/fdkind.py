@@ -25,6 +25,7 @@ from lazymig.process.fdinfo import FdInfo, parse
 from lazymig.process.source import Row, SourceProcess
 
 MAX_PATH = 4096
+_STDERR = 2
 F_SETSIG, F_GETSIG, F_SETOWN_EX, F_GETOWN_EX = 10, 11, 15, 16  # fcntl(2)
 F_OWNER_TID, F_OWNER_PID, F_OWNER_PGRP = 0, 1, 2
 O_PATH = os.O_PATH
@@ -215,6 +216,8 @@ class DumpContext:
         if self.stdio.mode != "null" and access != os.O_RDONLY:
             r.name, r.create = self.stdio.mode.removeprefix("file:"), True
             r.flags |= os.O_APPEND
+        if f.fd > _STDERR:
+            self.warn(f"{f.subject}: {reason}: there it leads to {r.name}")
         take_owner(f, r.fown, self)
 
 

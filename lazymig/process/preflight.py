@@ -95,7 +95,9 @@ def _process(pid: int, s: Status) -> Iterator[Refusal]:
         yield Refusal("kernel-thread", subject, "it is a kernel thread")
         return
     if s.state in "ZX":
-        yield Refusal("zombie", subject, "it, or its main thread, has ended already")
+        yield Refusal(
+            "zombie", subject, "it, or its main thread, has ended already", "nothing is left to be moved"
+        )
         return
     if pid == os.getpid() or pid in _ancestors():
         yield Refusal("self", subject, "lazymig itself runs in it or below it", "run lazymig from elsewhere")
@@ -114,6 +116,10 @@ def _process(pid: int, s: Status) -> Iterator[Refusal]:
         yield Refusal("stopped", subject, "it is stopped by a signal", f"kill -CONT {pid} first")
     if children := procfs.children(pid):
         names = ", ".join(map(_named, children[:_MAX_NAMED]))
+        if ended := [c for c in children if not procfs.lives(c)]:
+            names += (
+                f"; of these it has not waited for {', '.join(map(str, ended[:_MAX_NAMED]))}, which ended"
+            )
         yield Refusal(
             "children",
             subject,
@@ -248,11 +254,23 @@ def _program(pid: int, *, allow_deleted: bool) -> Iterator[Refusal]:
 
 # Mappings by the beginning of what /proc/PID/maps calls them.
 _SPECIAL_PATHS = {
-    "/SYSV": ("sysv-shm", "System V shared memory cannot be moved yet"),
-    "/[aio]": ("aio", "it uses kernel asynchronous I/O (io_setup); its requests cannot be moved"),
-    "anon_inode:[io_uring]": ("io-uring", "it uses io_uring; its requests cannot be moved"),
+    "/SYSV": ("sysv-shm", "System V shared memory cannot be moved yet", "make it detach the memory (shmdt)"),
+    "/[aio]": (
+        "aio",
+        "it uses kernel asynchronous I/O (io_setup); its requests cannot be moved",
+        "switch that off in the program",
+    ),
+    "anon_inode:[io_uring]": (
+        "io-uring",
+        "it uses io_uring; its requests cannot be moved",
+        "switch that off in the program",
+    ),
     "[uprobes]": ("uprobes", "a uprobe is set in it; end the tracing tool"),
-    "/anon_hugepage": ("hugetlb", "huge page memory (hugetlb) cannot be moved yet"),
+    "/anon_hugepage": (
+        "hugetlb",
+        "huge page memory (hugetlb) cannot be moved yet",
+        "transparent huge pages can",
+    ),
     "/dev/zero": ("vma-kind", "a private mapping of /dev/zero cannot be moved yet"),
     "anon_inode:": ("vma-kind", "memory of a kernel object cannot be moved"),
     "socket:": ("vma-kind", "a mapped socket cannot be moved"),
