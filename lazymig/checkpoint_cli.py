@@ -15,7 +15,7 @@ from lazymig.migrate import options as opt
 
 @click.command()
 @PID
-@images_dir("Where the images go; nothing may be there.")
+@images_dir("Where the images go: nothing may be there, and what is missing above it is made.")
 @parent("A layer of predump, or a dump, of the same process", "the new directory")
 @click.option(
     "--lazy",
