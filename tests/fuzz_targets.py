@@ -105,7 +105,7 @@ def _put_back(captured: Capture) -> None:
         b.go(state.restore_limits(b, captured.process, pid=pid))
         b.go(state.restore_last(b, captured.process))
         for i, (image, data) in enumerate(zip(captured.threads, captured.thread_states, strict=True)):
-            b.go(state.restore_thread(b, data, pid=pid, tid=image.state.tid, main=i == 0))
+            b.go(state.restore_thread(b, data, pid=pid, tid=image.state.tid))
             b.go(threads.restore_thread(b, image))
             threads.resume_registers(image.state, captured.pending[i])
 

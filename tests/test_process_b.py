@@ -351,7 +351,7 @@ def test_whole_state():
         one(sk.main, state.restore_process(sk.main, data, pid=pid, exe_fd=there))
         for i, t in enumerate(tids):
             b = sk.thread_batch(i, t)
-            one(b, state.restore_thread(b, threads[i], pid=pid, tid=t, main=i == 0))
+            one(b, state.restore_thread(b, threads[i], pid=pid, tid=t))
         one(sk.main, state.restore_last(sk.main, data))
         back = one(sk.main, state.dump_process(sk.main, pid))
         back_threads = []

@@ -192,7 +192,7 @@ def test_a_lie_in_the_offer_is_found_at_the_freeze():
     def capture(**changed):
         ids = dict.fromkeys(("uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"), 1000)
         creds = creds_pb2.creds_entry(**{**ids, "secbits": 0, **changed})
-        thread = state_pb2.ThreadState(tid=1, core=core_pb2.thread_core_entry(creds=creds))
+        thread = state_pb2.ThreadState(core=core_pb2.thread_core_entry(creds=creds))
         return Capture([], 0, b"", [thread.SerializePartialToString()], [])
 
     text = '[processes]\nuids = [1000]\ngids = [1000]\nexecutables = ["/bin/x"]\n[limits]\nfds = 3\nthreads = 2\n'

@@ -12,7 +12,9 @@ from lazymig.kernel.batch import run_steps
 from lazymig.migrate import capture
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
 from lazymig.pb import state_pb2
-from lazymig.process import twins
+from lazymig.process import state
+from lazymig.process.state import together
+from lazymig.process.threads import dump_thread
 
 # Twelve kinds of threads, three of each; each has a name of its own, and some have signals that wait for them.
 VARIED = """
@@ -33,7 +35,7 @@ for i in range(36):
     threading.Thread(target=run, args=(i,), daemon=True).start()
 gate.wait()
 print("ready", flush=True)
-gate.wait()
+signal.pause()
 """
 
 
@@ -70,7 +72,8 @@ def compare(pid: int, count: int) -> set[str]:
         with target.injection() as inj:
             batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
             steps = [
-                twins._dump(b, pid, t, seccomp=False) for b, t in zip(batches, stopped.threads, strict=True)
+                together(dump_thread(b, t), state.dump_thread(b, pid, t.tid))
+                for b, t in zip(batches, stopped.threads, strict=True)
             ]
             alone = [run_steps(b, s)[0] for b, s in zip(batches, steps, strict=True)]
     finally:
@@ -79,4 +82,4 @@ def compare(pid: int, count: int) -> set[str]:
     assert [image for image, _ in found] == [image for image, _ in alone]
     read = state_pb2.ThreadState.FromString
     assert [read(message) for _, message in found] == [read(message) for _, message in alone]
-    return {read(message).core.comm for _, message in found}
+    return {image.name.decode() for image, _ in found}

@@ -29,6 +29,7 @@ _MCE_KILL_DEFAULT, _TSC_ENABLE = 2, 1
 _EINTR = -4 & (1 << 64) - 1
 _RESTART_BLOCK = -516 & (1 << 64) - 1
 # Of these the kernel itself never lets a tracer see EINTR: it is CRIU's word for "go on with restart_syscall".
+_OWN = ("comm", "comm_bytes", "sas", "rseq_entry", "blk_sigset")
 _BY_BLOCK = frozenset({SYS.nanosleep, SYS.clock_nanosleep, SYS.poll})
 
 
@@ -53,7 +54,7 @@ def to_cores(
             core.thread_info.xcomp_perm = captured.xcomp
             core.tc.CopyFrom(process.tc)
             core.tc.task_state, core.tc.blk_sigset = _ALIVE, image.state.sigmask
-            core.tc.comm, core.tc.flags = state.core.comm, _flags(image.state.tid)
+            core.tc.comm, core.tc.flags = core.thread_core.comm, _flags(image.state.tid)
         else:
             core.thread_core.blk_sigset = image.state.sigmask
         cores.append((image.state.tid, core))
@@ -67,6 +68,9 @@ def _flags(pid: int) -> int:
 
 def _put_thread(core: core_pb2.thread_core_entry, image: ThreadImage) -> None:
     s = image.state
+    core.comm = image.name.decode("utf-8", "replace")
+    if core.comm.encode() != image.name:
+        core.comm_bytes = image.name
     core.futex_rla, core.futex_rla_len = s.robust_head, s.robust_len
     sp, flags, _, size = _STACK_T.unpack(image.altstack)
     core.sas.ss_sp, core.sas.ss_size, core.sas.ss_flags = sp, size, flags & 0xFFFFFFFF
@@ -95,11 +99,9 @@ def from_cores(
             raise LazymigError("it has no thread_core", code="bad-image", subject=subject)
         thread = core_pb2.thread_core_entry()
         thread.CopyFrom(core.thread_core)
-        if not thread.comm and core.HasField("tc"):
-            thread.comm = core.tc.comm
         images.append(_thread(tid, core, core.tc.blk_sigset if i == 0 else thread.blk_sigset, xstate_size))
         _fill_in(thread, mm)
-        state = state_pb2.ThreadState(tid=tid, core=thread)
+        state = state_pb2.ThreadState(core=thread)
         if thread.seccomp_mode == core_pb2.filter:
             state.seccomp.CopyFrom(chain_of(chains, thread.seccomp_filter, subject))
         states.append(state.SerializeToString())
@@ -124,11 +126,16 @@ def _thread(tid: int, core: core_pb2.core_entry, mask: int, xstate_size: int) ->
         rseq_ptr=rseq.rseq_abi_pointer, rseq_size=rseq.rseq_abi_size, rseq_sig=rseq.signature,
         rseq_cs=rseq.rseq_cs_pointer, xstate=ri.from_fpregs(info.fpregs, xstate_size, subject),
     )  # fmt: skip
-    return ThreadImage(state, _STACK_T.pack(sas.ss_sp, flags, 0, sas.ss_size), info.clear_tid_addr)
+    stack = _STACK_T.pack(sas.ss_sp, flags, 0, sas.ss_size)
+    comm = thread.comm_bytes or (thread.comm or core.tc.comm).encode()
+    return ThreadImage(state, stack, info.clear_tid_addr, comm[:15])
 
 
 def _fill_in(thread: core_pb2.thread_core_entry, mm: mm_pb2.mm_entry) -> None:
-    """What CRIU does not keep is as a new thread has it."""
+    """What CRIU does not keep is as a new thread has it; what a `ThreadImage` has is not said twice."""
+    for part in _OWN:
+        thread.ClearField(part)
+    thread.futex_rla = thread.futex_rla_len = 0
     if not thread.HasField("dumpable"):
         thread.dumpable = mm.dumpable if mm.HasField("dumpable") else 1
     if not thread.HasField("mce_kill"):

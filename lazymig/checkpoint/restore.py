@@ -19,7 +19,7 @@ from typing import Any
 
 import trio
 
-from lazymig.arch import PAGE_SIZE, Registers
+from lazymig.arch import PAGE_SIZE, stack_pointer
 from lazymig.checkpoint import shared_memory
 from lazymig.checkpoint.filler import ImageFiller
 from lazymig.checkpoint.load import Loaded, load, required, speaks_wide
@@ -149,7 +149,7 @@ class Restore:
         """Pages that may come later: not those that the first instructions, or the kernel, use."""
         layout, pages = self.loaded.space.layout, self.loaded.pages
         able = (pages - self.remote) & lazy_capable(layout, Mode.POSTCOPY)
-        stacks = [Registers(i.state.regs).stack_pointer for i in self.loaded.capture.threads]
+        stacks = [stack_pointer(i.state.regs) for i in self.loaded.capture.threads]
         near = [
             (max(sp - 128, 0) & -PAGE_SIZE, (sp + _STACK) & -PAGE_SIZE) for sp in stacks if sp < TASK_SIZE
         ]

@@ -6,9 +6,9 @@ results after the yield. All generators given to `run_steps` share each run.
 
 from __future__ import annotations
 
+import errno
 import struct
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from lazymig.errors import LazymigError, SyscallError
@@ -54,6 +54,14 @@ class Region(Protocol):
 
     def fetch(self, start: int, end: int) -> None:
         """Makes what the target wrote to [start, end) visible in the view."""
+        ...
+
+    def flush_each(self, at: CData, n: int, score: CData) -> None:
+        """`flush` of what a ``lm_score`` says is in use of each of ``n`` batches, at these offsets."""
+        ...
+
+    def fetch_each(self, at: CData, n: int, score: CData) -> None:
+        """`fetch` of the same."""
         ...
 
 
@@ -105,23 +113,8 @@ class Out:
         self.data = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """What a run of a batch that others copy, or of such a copy, gave."""
-
-    rets: Sequence[int]
-    common: bytes  # the results that threads of one process mostly have in common
-    own: Mapping[str, bytes]  # the others, by name
-
-    def alike(self, other: Answers) -> bool:
-        """Whether both are the same but for what is a thread's own."""
-        return self.rets == other.rets and self.common == other.common
-
-
 class Batch:
     """Collects calls, with their arguments' data, in a slice of a region; ``run`` makes a thread do them."""
-
-    answers: Answers  # of the last run with a twin
 
     def __init__(
         self,
@@ -145,6 +138,8 @@ class Batch:
         self._end = offset + size
         if self._data >= self._end:
             raise ValueError("slice too small for its table")
+        self.heard = b""  # answers that the thread has given already to the very calls that come next
+        self.record: list[bytes] | None = None  # the calls of its runs since `remember`
         self._view = region.view()
         self._buffer = ffi.buffer(self._view, region.size)
         self._reset()
@@ -155,8 +150,8 @@ class Batch:
         self._count = 0
         self._outs: list[Out] = []
         self._own: dict[str, tuple[int, int]] = {}  # where in the data, and bytes
-        self._keep = False
-        self._top = self._data
+        if self.record is None:
+            self._top = self._data
 
     def _room(self, size: int, align: int) -> int:
         start = (self._top + align - 1) & -align
@@ -208,7 +203,7 @@ class Batch:
     def out(self, size: int, align: int = 8, *, own: str = "") -> Out:
         """Room of ``size`` zero bytes that a call may fill.
 
-        ``own``: the name of a result that is another one in each thread of a process; see `twin`.
+        ``own``: the name of a result that is another one in each thread of a process; see `Chorus`.
         """
         start = self._room(size, align)
         ffi.memmove(self._view + start, bytes(size), size)
@@ -217,18 +212,6 @@ class Batch:
         if own:
             self._own[own] = (start - self._data, size)
         return o
-
-    def twin(self, of: Batch) -> None:
-        """Adds the same calls as ``of`` has, which is of the same size: a tenth of the time that adding them takes.
-
-        Addresses in ``of``'s part of the region become such in this one's. Both have `answers` after their run.
-        """
-        of._keep = self._keep = True
-        self._count, self._own = of._count, of._own
-        self._top = self._data + of._top - of._data
-        here, there = self._view + self._table, of._view + of._table
-        size = of._top - of._table
-        lib.lm_twin_calls(here, there, size, self._count, self.region.base + of._table)
 
     @property
     def pending(self) -> int:
@@ -245,14 +228,22 @@ class Batch:
         if data:
             move(self._data, self._top)
 
-    def _prepare(self) -> tuple[int, bytes, int]:
+    def _prepare(self) -> None:
         end = ffi.cast("lm_call *", self._view + self._table) + self._count
         end.nr = -1
         self._in_use(self.region.flush, self._count + 1, data=self._top > self._data)
-        return self.tid, self.regs, self.region.base + self._table
+
+    @property
+    def table(self) -> int:
+        """Address of its first call in the target."""
+        return self.region.base + self._table
 
     def _collect(self) -> None:
-        self._in_use(self.region.fetch, self._count, data=bool(self._outs) or self._keep)
+        if self.heard:
+            ffi.memmove(self._view + self._table, self.heard, len(self.heard))
+            self.heard = b""
+        else:
+            self._in_use(self.region.fetch, self._count, data=bool(self._outs))
         words = ffi.cast("int64_t *", self._view + self._table)
         rets = ffi.unpack(words, self._count * _CALL_WORDS)[_RET::_CALL_WORDS]
         for c in self._calls:
@@ -261,43 +252,160 @@ class Batch:
             many.rets = rets[many._index : many._index + many.n]
         for o in self._outs:
             o.data = bytes(ffi.buffer(self._view + (o.addr - self.region.base), o.size))
-        if self._keep:
-            data = bytes(ffi.buffer(self._view + self._data, self._top - self._data))
-            own = {name: data[at : at + size] for name, (at, size) in self._own.items()}
-            edges = [0, *(e for at, size in self._own.values() for e in (at, at + size)), len(data)]
-            common = b"".join(data[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
-            self.answers = Answers(rets, common, own)
+        if self.record is not None:
+            self.record.append(bytes(ffi.buffer(self._view + self._table, self._count * _CALL_SIZE)))
         self._reset()
 
     def run(self) -> None:
         """Runs what was added; raises SyscallError only when the running itself failed."""
         run_batches([self])
 
+    def remember(self) -> None:
+        """From now on keeps a record of its runs, whose data are left in place: for others to `follow`."""
+        self.record = []
+
+    def forget(self) -> None:
+        """No longer."""
+        self.record = None
+        self._reset()
+
     def start(self) -> None:
         """Only starts: for calls after which the thread stops early (clone) or not at all (exit)."""
-        tid, regs, table = self._prepare()
-        ptrace.enter_batch(tid, regs, self.region.code, table)
-        ptrace.cont(tid)
+        self._prepare()
+        ptrace.enter_batch(self.tid, self.regs, self.region.code, self.table)
+        ptrace.cont(self.tid)
 
     def finish(self) -> None:
         """Reads the results of a started batch whose end the caller has waited for."""
         self._collect()
 
 
-def run_batches(batches: Sequence[Batch], timeout_ns: int = ptrace.STOP_TIMEOUT_NS) -> None:
-    """Runs several threads' batches at once; empty ones are left out."""
+class Chorus:
+    """Threads that make the same calls as their lead in each of its runs: a tenth of the time of asking each.
+
+    All their batches are of one size in one region, and nothing is added to the others'. Who answers otherwise than
+    the lead, but for results that are a thread's own, takes part no longer.
+    """
+
+    def __init__(self, lead: Batch, others: Sequence[Batch]) -> None:
+        self.lead = lead
+        self.others = list(others)  # still with the lead
+        self.strays: list[Batch] = []
+        self.own: list[dict[str, bytes]] = [
+            {} for _ in self.others
+        ]  # of each of them, since the lead's last `out`
+        self._at: CData = ffi.NULL
+        self._runs = 0
+
+    @classmethod
+    def of_strays(cls, before: Chorus) -> Chorus:
+        """Those who went astray, with one of them as lead; what they said in an only run is not asked again."""
+        lead, *others = before.strays
+        if before._runs == 1:
+            lead.heard = bytes(ffi.buffer(lead._view + lead._table, before._score.end))
+        return cls(lead, others)
+
+    def _spread(self, n: int) -> list[Batch]:
+        """Copies the lead's ``n`` calls; who is to do them."""
+        lead = self.lead
+        self._at = ffi.new("uint64_t[]", [b._table for b in self.others])
+        data, end = lead._data - lead._table, lead._top - lead._table
+        self._score = ffi.new("lm_score *", {"calls": n, "data": data, "end": end})
+        self._named = sorted(lead._own.items(), key=lambda item: item[1])
+        if lead.heard:
+            return []
+        lib.lm_chorus_spread(
+            lead._view, lead.region.base, lead._table, self._at, len(self.others), self._score
+        )
+        lead.region.flush_each(self._at, len(self.others), self._score)
+        return self.others
+
+    def _listen(self, *, anew: bool) -> None:
+        lead, n = self.lead, len(self.others)
+        self._runs += 1
+        if anew:
+            lead.region.fetch_each(self._at, n, self._score)
+        alike = ffi.new("uint8_t[]", b"\1" * n)
+        spans = [(at, at + size) for _, (at, size) in self._named]
+        own = ffi.new("lm_range[]", spans)
+        lib.lm_chorus_alike(lead._view, lead._table, self._at, n, self._score, own, len(spans), alike)
+        self.keep(bytes(ffi.buffer(alike, n)))
+        if self._named:
+            view = lead._view
+            self.own = [
+                {name: bytes(ffi.buffer(view + b._data + at, size)) for name, (at, size) in self._named}
+                for b in self.others
+            ]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the lead's record is no more than a batch holds."""
+        return sum(map(len, self.lead.record or ())) <= self.lead.max_calls * _CALL_SIZE
+
+    def keep(self, alike: bytes) -> None:
+        """Parts with those of `others` for whom ``alike`` has a zero."""
+        if 0 in alike:
+            self.strays += [b for b, a in zip(self.others, alike, strict=True) if not a]
+            self.own = [o for o, a in zip(self.own, alike, strict=True) if a]
+            self.others = [b for b, a in zip(self.others, alike, strict=True) if a]
+
+    def check(self, what: str) -> None:
+        """Raises SyscallError when one of them went astray, where ``what`` was to be the same for all."""
+        for b in self.strays:
+            words = ffi.cast("int64_t *", b._view + b._table)
+            rets = ffi.unpack(words, self._score.calls * _CALL_WORDS)[_RET::_CALL_WORDS]
+            failed = next((r for r in rets if -4096 < r < 0), -errno.EIO)
+            raise SyscallError(what, -failed, subject=f"thread {b.tid}")
+
+
+def run_batches(
+    batches: Sequence[Batch],
+    timeout_ns: int = ptrace.STOP_TIMEOUT_NS,
+    choruses: Sequence[Chorus] = (),
+) -> None:
+    """Runs several threads' batches at once; empty ones are left out. ``choruses`` have their leads among them."""
     todo = [b for b in batches if b.pending]
     if not todo:
         return
-    runners = ffi.new("lm_runner[]", len(todo))
-    for r, b in zip(runners, todo, strict=True):
-        r.tid, regs, r.table = b._prepare()
-        r.settle, r.mask = b.settle is not None, b.settle or 0
-        ffi.memmove(ffi.addressof(r, "regs"), regs, len(regs))
-    result = lib.lm_run_batches(runners, len(todo), todo[0].region.code, timeout_ns)
-    ptrace.check(result, "running system calls inside it", f"thread {todo[0].tid}")
+    for b in todo:
+        if len(b.heard) != b._top - b._table:  # other calls than those that were answered
+            b.heard = b""
+    singing = [(c, not c.lead.heard) for c in choruses if c.lead.pending and c.others]
+    starts = [b for b in todo if not b.heard]
+    for b in starts:
+        b._prepare()
+    for c, _ in singing:
+        starts += c._spread(c.lead.pending)
+    _run(starts, timeout_ns)
     for b in todo:
         b._collect()
+    for c, anew in singing:
+        c._listen(anew=anew)
+
+
+def _run(batches: Sequence[Batch], timeout_ns: int) -> None:
+    runners = ffi.new("lm_runner[]", len(batches))
+    for r, b in zip(runners, batches, strict=True):
+        r.tid, r.table = b.tid, b.table
+        r.settle, r.mask = b.settle is not None, b.settle or 0
+        ffi.memmove(ffi.addressof(r, "regs"), b.regs, len(b.regs))
+    if batches:
+        result = lib.lm_run_batches(runners, len(batches), batches[0].region.code, timeout_ns)
+        ptrace.check(result, "running system calls inside it", f"thread {batches[0].tid}")
+
+
+def follow(choruses: Sequence[Chorus], timeout_ns: int = ptrace.STOP_TIMEOUT_NS) -> None:
+    """Has all others do in one run what their leads have done in several: these have remembered it, and it `fits`."""
+    singing, starts = [c for c in choruses if c.others], list[Batch]()
+    for c in singing:
+        lead, calls = c.lead, b"".join(c.lead.record or ())
+        ffi.memmove(lead._view + lead._table, calls, len(calls))
+        n = len(calls) // _CALL_SIZE
+        ffi.cast("lm_call *", lead._view + lead._table)[n].nr = -1
+        starts += c._spread(n)
+    _run(starts, timeout_ns)
+    for c in singing:
+        c._listen(anew=True)
 
 
 def run_steps(batch: Batch, *steps: Steps[Any]) -> list[Any]:
@@ -305,7 +413,9 @@ def run_steps(batch: Batch, *steps: Steps[Any]) -> list[Any]:
     return run_all_steps([(batch, steps)])[0]
 
 
-def run_all_steps(groups: Sequence[tuple[Batch, Sequence[Steps[Any]]]]) -> list[list[Any]]:
+def run_all_steps(
+    groups: Sequence[tuple[Batch, Sequence[Steps[Any]]]], choruses: Sequence[Chorus] = ()
+) -> list[list[Any]]:
     """The same for several threads at once: every round runs each thread's batch in parallel."""
     results: list[list[Any]] = [[None] * len(steps) for _, steps in groups]
     live = [(g, i, s) for g, (_, steps) in enumerate(groups) for i, s in enumerate(steps)]
@@ -319,5 +429,5 @@ def run_all_steps(groups: Sequence[tuple[Batch, Sequence[Steps[Any]]]]) -> list[
             except StopIteration as stop:
                 results[g][i] = stop.value
         live = still
-        run_batches(batches)
+        run_batches(batches, choruses=choruses)
     return results

@@ -52,6 +52,16 @@ class PrivateRegion:
         r = lib.lm_peek(self.pid, self.base + start, self._copy + start, end - start)
         ptrace.check(r, "process_vm_readv", f"pid {self.pid}")
 
+    def flush_each(self, at: CData, n: int, score: CData) -> None:
+        """The same for many batches."""
+        r = lib.lm_chorus_flush(self.pid, self.base, self._copy, at, n, score)
+        ptrace.check(r, "process_vm_writev", f"pid {self.pid}")
+
+    def fetch_each(self, at: CData, n: int, score: CData) -> None:
+        """The same for many batches."""
+        r = lib.lm_chorus_fetch(self.pid, self.base, self._copy, at, n, score)
+        ptrace.check(r, "process_vm_readv", f"pid {self.pid}")
+
 
 class Injection:
     """Context in which system calls are run in stopped threads; on leaving it they are as they were.
@@ -70,8 +80,8 @@ class Injection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exc: object) -> None:
-        self.restore()
+    def __exit__(self, failed: type[BaseException] | None, *_exc: object) -> None:
+        self._restore(everything=failed is not None)
 
     def step(self, call: str, nr: int, *args: int) -> int:
         """One system call in the main thread; raises SyscallError naming ``call``."""
@@ -104,8 +114,8 @@ class Injection:
             offset += size
         return made
 
-    def restore(self) -> None:
-        """Unmaps the area and puts back registers, signal masks and rseq critical sections."""
+    def _restore(self, *, everything: bool) -> None:
+        """Unmaps the area and puts back critical sections; registers too, which is only due when a run failed."""
         if self.region is not None:
             region, self.region = self.region, None
             self.step("munmap", SYS.munmap, region.base, region.size)
@@ -113,5 +123,6 @@ class Injection:
             if t.rseq_cs:
                 # Running elsewhere made the kernel clear the critical section; the thread is still in it.
                 ptrace.poke(self.pid, t.rseq_ptr + 8, t.rseq_cs.to_bytes(8, "little"))
-            ptrace.set_regs(t.tid, t.regs)
-            ptrace.set_sigmask(t.tid, t.sigmask)
+            if everything:
+                ptrace.set_regs(t.tid, t.regs)
+                ptrace.set_sigmask(t.tid, t.sigmask)

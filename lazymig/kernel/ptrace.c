@@ -240,12 +240,6 @@ lm_result lm_get_regs(int32_t tid, lm_regs *regs)
 	return of_ptrace(ptrace(PTRACE_GETREGS, tid, 0, regs));
 }
 
-lm_result lm_set_xstate(int32_t tid, const uint8_t *xstate, uint64_t len)
-{
-	struct iovec xs = {(void *)xstate, len};
-	return of_ptrace(ptrace(PTRACE_SETREGSET, tid, NT_X86_XSTATE, &xs));
-}
-
 lm_result lm_set_sigmask(int32_t tid, uint64_t mask)
 {
 	return of_ptrace(ptrace(PTRACE_SETSIGMASK, tid, sizeof mask, &mask));
@@ -335,6 +329,21 @@ static int put_back(int32_t tid, const lm_regs *regs, uint64_t mask)
 	return 0;
 }
 
+lm_result lm_finish_threads(const lm_final *threads, uint64_t n)
+{
+	for (uint64_t i = 0; i < n; i++) {
+		const lm_final *t = &threads[i];
+		struct iovec xs = {(void *)t->xstate, t->xstate_len};
+
+		if (ptrace(PTRACE_SETREGSET, t->tid, NT_X86_XSTATE, &xs) == -1)
+			return lm_fail(i, errno);
+		int err = put_back(t->tid, &t->regs, t->mask);
+		if (err)
+			return lm_fail(i, err);
+	}
+	return lm_ok(n);
+}
+
 lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns)
 {
 	lm_result r = unstep(tid, timeout_ns);
@@ -390,17 +399,6 @@ lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t
 			err = runners[i].err;
 	}
 	return lm_fail(done, err);
-}
-
-void lm_twin_calls(uint8_t *to, const uint8_t *from, uint64_t size, uint64_t n, uint64_t base)
-{
-	lm_call *calls = (lm_call *)to;
-
-	memcpy(to, from, size);
-	for (uint64_t i = 0; i < n; i++)
-		for (int k = 0; k < 6; k++)
-			if (calls[i].args[k] - base < size)
-				calls[i].args[k] += (uint64_t)(to - from);
 }
 
 lm_result lm_peek(int32_t pid, uint64_t addr, void *out, uint64_t len)

@@ -26,6 +26,15 @@ typedef struct {
 	uint64_t mask;
 } lm_runner;
 
+/* What a stopped thread goes on with. */
+typedef struct {
+	int32_t tid;
+	lm_regs regs;
+	uint64_t mask;
+	const uint8_t *xstate;
+	uint64_t xstate_len; /* bytes */
+} lm_final;
+
 lm_result lm_seize(int32_t tid, uint64_t options);
 /* Waits until `tid` stops (any stop; its raw wait status in *status); ETIMEDOUT, ESRCH when it is gone. */
 lm_result lm_wait(int32_t tid, uint64_t timeout_ns, int32_t *status);
@@ -40,9 +49,10 @@ lm_result lm_detach_all(const int32_t *tids, uint64_t n, int32_t sig);
 lm_result lm_thread_read(int32_t tid, lm_thread *out, uint8_t *xstate, uint64_t cap);
 lm_result lm_set_regs(int32_t tid, const lm_regs *regs);
 lm_result lm_get_regs(int32_t tid, lm_regs *regs);
-lm_result lm_set_xstate(int32_t tid, const uint8_t *xstate, uint64_t len);
 lm_result lm_set_sigmask(int32_t tid, uint64_t mask);
 lm_result lm_get_sigmask(int32_t tid, uint64_t *mask);
+/* Extended state, registers and signal mask of many threads (done: how many). */
+lm_result lm_finish_threads(const lm_final *threads, uint64_t n);
 lm_result lm_set_options(int32_t tid, uint64_t options);
 lm_result lm_cont(int32_t tid, int32_t sig);
 /* Stops one seized thread. */
@@ -57,9 +67,6 @@ lm_result lm_step_syscall(int32_t tid, const lm_regs *base, uint64_t gadget, lm_
  * at any moment, and the thread then runs on from where it stands: amid what it was made to do, it would die of it.
  */
 lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns);
-/* Copies a batch of n calls, and the `size` bytes that begin with its table, from `from` (at address `base` in the
- * thread's memory) to `to` of the same region: addresses in there become those in the copy. */
-void lm_twin_calls(uint8_t *to, const uint8_t *from, uint64_t size, uint64_t n, uint64_t base);
 /* Runs all the batches at once and waits for every one. `done` counts the good ones; `err` is the first error. */
 lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t timeout_ns);
 /* Reads or writes another process's memory, whole or not at all (done: bytes). */

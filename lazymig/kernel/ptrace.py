@@ -130,15 +130,6 @@ def set_regs(tid: int, regs: bytes) -> None:
     check(lib.lm_set_regs(tid, regs_cdata(regs)), "PTRACE_SETREGS", f"thread {tid}")
 
 
-def set_xstate(tid: int, xstate: bytes) -> None:
-    """PTRACE_SETREGSET NT_X86_XSTATE; EINVAL when this CPU lacks a feature the bytes hold."""
-    check(
-        lib.lm_set_xstate(tid, ffi.from_buffer(xstate), len(xstate)),
-        "setting the extended state",
-        f"thread {tid}",
-    )
-
-
 def set_sigmask(tid: int, mask: int) -> None:
     """PTRACE_SETSIGMASK; ``mask`` has bit n-1 set for signal n."""
     check(lib.lm_set_sigmask(tid, mask), "PTRACE_SETSIGMASK", f"thread {tid}")

@@ -10,11 +10,10 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lazymig.arch import SYS
 from lazymig.errors import LazymigError, ProtocolError, SyscallError, unsound
-from lazymig.kernel.batch import Batch, run_all_steps, run_steps
+from lazymig.kernel.batch import Batch, Steps, run_all_steps, run_batches, run_steps
 from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import offer as offers
 from lazymig.migrate.capture import Capture
@@ -22,10 +21,10 @@ from lazymig.migrate.options import Mode
 from lazymig.migrate.parts import lazy_areas, lazy_capable, warm_destination
 from lazymig.native import ffi, lib
 from lazymig.pb import descriptors_pb2
-from lazymig.process import calls, state
+from lazymig.process import calls, state, twins
 from lazymig.process.descriptors import DescriptorRestorer
 from lazymig.process.limits import register_membarrier
-from lazymig.process.threads import restore_thread, restore_xcomp, set_final, write_rseq_cs
+from lazymig.process.threads import FinalRegisters, restore_thread, restore_xcomp, write_rseq_cs
 from lazymig.process.vmas import Kind, Layout, LayoutDiff, Vma
 from lazymig.skeleton.keeper import MEMORY, Listening
 from lazymig.skeleton.memory import SkeletonMemory
@@ -43,7 +42,9 @@ class Restored:
     """State that was put back as far as no page had to be in place for it; `Builder.settle` does the rest."""
 
     captured: Capture
-    groups: list[tuple[Batch, Any]]
+    main: Steps[None]  # the main thread's own state, not begun
+    machine: list[tuple[Batch, list[Steps[None]]]]  # of the others what needs their pages, begun
+    final: FinalRegisters
     warnings: list[str]
 
 
@@ -90,7 +91,7 @@ class Builder:
         main = skeleton.main
         process, thread = run_steps(main, state.dump_process(main, pid), state.dump_thread(main, pid, pid))
         run_steps(main, state.restore_process(main, process, pid=pid, exe_fd=None))
-        run_steps(main, state.restore_thread(main, thread, pid=pid, tid=pid, main=True))
+        run_steps(main, state.restore_thread(main, thread, pid=pid, tid=pid))
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
             skeleton.close_fds(skeleton.receive_fds([null]))
@@ -174,14 +175,21 @@ class Builder:
         ]
         warnings += run_steps(main, *first)[1]
         skeleton.close_fds([self._exe])
-        groups: list[tuple[Batch, Any]] = []
-        for slot, (image, data) in enumerate(zip(captured.threads, captured.thread_states, strict=True)):
-            tid = image.state.tid
-            b = skeleton.thread_batch(slot, tid)
-            # What is too large for a thread's batch is put into the main one's part of the region.
-            steps = state.restore_thread(b, data, pid=pid, tid=tid, main=slot == 0, blob_at=main.put)
-            groups.append((b, steps))
-        return Restored(captured, groups, warnings)
+        # The others' now, while the source still reads; what the main one does later may need its privileges.
+        threads = list(enumerate(captured.threads))[1:]
+        batches = [skeleton.thread_batch(slot, image.state.tid) for slot, image in threads]
+        twins.restore(list(zip(batches, captured.thread_states[1:], strict=True)), self._thread_steps)
+        machine = [(b, [restore_thread(b, image)]) for b, (_, image) in zip(batches, threads, strict=True)]
+        for _, (steps,) in machine:
+            next(steps)
+        final = FinalRegisters(captured.threads, captured.pending)
+        return Restored(
+            captured, self._thread_steps(main, captured.thread_states[0]), machine, final, warnings
+        )
+
+    def _thread_steps(self, b: Batch, data: bytes) -> Steps[None]:
+        # What is too large for a thread's batch is put into the main one's part of the region.
+        return state.restore_thread(b, data, pid=self.pid, tid=b.tid, blob_at=self.skeleton.main.put)
 
     def _open_exe(self, path: str) -> int:
         """The program's file; one without a name any more is what its mapping was made of."""
@@ -201,18 +209,19 @@ class Builder:
 
     def settle(self, r: Restored) -> None:
         """The rest, with all eager pages in place: locks, guards and seals on memory, then each thread's own."""
-        captured, groups = r.captured, r.groups
+        captured, main = r.captured, self.skeleton.main
         if not self.memory.layout.ranges().covers(captured.guards):
             raise ProtocolError("guard pages where nothing is mapped")
         self.memory.install_guards(captured.guards)
         self.memory.finish()
         self.restorer.apply_seals()
-        main, _ = groups[0]
         with unsound("a state"):
             run_steps(main, state.restore_limits(main, captured.process, pid=self.pid))
-            run_all_steps([(b, [steps]) for b, steps in groups])
-            threads = zip(groups, captured.threads, strict=True)
-            run_all_steps([(b, [restore_thread(b, image)]) for (b, _), image in threads])
+            run_steps(main, r.main)
+            first = restore_thread(main, captured.threads[0])
+            next(first)
+            run_batches([main, *(b for b, _ in r.machine)])
+            run_all_steps([(main, [first]), *r.machine])
 
     def arm(self, lazy: RangeSet) -> None:
         """Makes ``lazy`` pages wait for `self.lazy`, which must be there, to bring them."""
@@ -230,9 +239,9 @@ class Builder:
         captured, main = r.captured, self.skeleton.main
         warnings = r.warnings + run_steps(main, state.restore_last(main, captured.process))[0]
         self.skeleton.remove_region()
-        for image, pending in zip(captured.threads, captured.pending, strict=True):
+        for image in captured.threads:
             write_rseq_cs(self.pid, image.state)
-            set_final(image, pending)
+        r.final.set()
         return [*warnings, *self.restorer.warnings]
 
     # ---- the end

@@ -19,7 +19,7 @@ from lazymig.migrate import frames
 from lazymig.migrate.frames import MAX_THREADS
 from lazymig.migrate.parts import guarded
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
-from lazymig.process import state, twins
+from lazymig.process import signals, state, twins
 from lazymig.process.threads import ThreadImage, dump_xcomp
 from lazymig.process.vmas import Kind
 
@@ -35,19 +35,21 @@ class Capture:
     threads: list[ThreadImage]
     xcomp: int  # permitted extended-state features, a bit mask
     process: bytes  # a state.ProcessState message
-    thread_states: list[bytes]  # one message for each of `threads`
+    thread_states: list[bytes]  # one message for each of `threads`; of many threads the same one
     pending: list[list[int]]  # signals that wait, for each thread
     seccomp: bool = False  # filters may be among the states
     guards: RangeSet = field(default_factory=RangeSet)
     untracked_shared: RangeSet = field(default_factory=RangeSet)  # written past the tracker; not sent
 
     def to_wire(self) -> dict[str, Any]:
-        """As the state frame carries it."""
+        """As the state frame carries it: each of the threads' messages once."""
+        place = {message: i for i, message in enumerate(dict.fromkeys(self.thread_states))}
         return {
             "threads": [t.to_wire() for t in self.threads],
             "xcomp": self.xcomp,
             "process": self.process,
-            "thread_states": self.thread_states,
+            "thread_states": list(place),
+            "states": [place[message] for message in self.thread_states],
             "pending": self.pending,
             "seccomp": self.seccomp,
             "guards": self.guards.to_bytes(),
@@ -62,7 +64,9 @@ class Capture:
                 [frames.number(n, 64, least=1) for n in frames.rows(some, _MAX_PENDING)]
                 for some in frames.rows(w["pending"], MAX_THREADS)
             ]
-            states = [frames.octets(s) for s in frames.rows(w["thread_states"], MAX_THREADS)]
+            messages = [frames.octets(s) for s in frames.rows(w["thread_states"], MAX_THREADS)]
+            places = [frames.number(n, len(messages) - 1) for n in frames.rows(w["states"], MAX_THREADS)]
+            states = [messages[n] for n in places]
             capture = Capture(
                 threads, frames.number(w["xcomp"], (1 << 64) - 1), frames.octets(w["process"]), states,
                 pending, bool(w["seccomp"]), RangeSet.from_bytes(w["guards"]),
@@ -78,15 +82,17 @@ def capture(target: Target) -> Iterator[Capture]:
 
     What waits for the state need not wait for that. Raises LazymigError, also when it has children.
     """
-    stopped = target.stopped
     with target.injection() as inj:
         threads, (xcomp, process, _) = _read(target, inj)
+        states = [message for _, message in threads]
+        shared = signals.waiting(target.pid, shared=True)
+        own = {m: signals.numbers(state.thread_state(m).core.signals_p) for m in set(states)}
         yield Capture(
             threads=[image for image, _ in threads],
             xcomp=xcomp,
             process=process,
-            thread_states=[message for _, message in threads],
-            pending=[stopped.due(t) for t in stopped.threads],
+            thread_states=states,
+            pending=[own[m] + shared for m in states],
             seccomp=target.seccomp,
             guards=_guards(target),
             untracked_shared=target.layout.ranges(Kind.MEMFD),
@@ -109,7 +115,7 @@ def _read(target: Target, inj: Injection) -> tuple[list[twins.Dumped], list[Any]
     batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
     main, pid = batches[0], target.pid
     more = [dump_xcomp(main), state.dump_process(main, pid), _no_children(main, pid)]
-    return twins.dump(batches, target.stopped.threads, pid, more, seccomp=target.seccomp)
+    return twins.dump(batches, target.stopped.threads, pid, more)
 
 
 def rehearse() -> None:

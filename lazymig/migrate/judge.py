@@ -116,7 +116,7 @@ class Judge:
         p = self.policy
         if p.uids is None and p.gids is None:
             return
-        for data in captured.thread_states:
+        for data in set(captured.thread_states):
             c = state.thread_state(data).core.creds
             p.check_ids((c.uid, c.euid, c.suid, c.fsuid), {c.gid, c.egid, c.sgid, c.fsgid, *c.groups})
             p.check_capabilities(any((*c.cap_prm, *c.cap_inh, *c.cap_eff, *c.cap_amb)))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lazymig.arch import SYS, Registers
+from lazymig.arch import SYS, Registers, restarts_by_block
 from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
 from lazymig.kernel import ptrace
 from lazymig.kernel.inject import Injection, find_gadget
@@ -57,7 +57,7 @@ class Stopped:
 
     def due(self, t: ThreadState) -> list[int]:
         """Signals that wait for a thread: only looked up where the answer matters."""
-        return signals.waiting(t.tid)
+        return [n for shared in (False, True) for n in signals.waiting(t.tid, shared=shared)]
 
 
 class Target:
@@ -140,10 +140,11 @@ class Target:
         That one cannot be made anywhere else, and does not tell what it stands for: who stops a thread has to
         remember it. The call is the same while the thread stands at the same instruction.
         """
-        r = Registers(t.regs)
-        if not r.restarts_by_block:
+        if not restarts_by_block(t.regs):
             self._calls.pop(t.tid, None)
-        elif r.system_call != SYS.restart_syscall:
+            return t
+        r = Registers(t.regs)
+        if r.system_call != SYS.restart_syscall:
             self._calls[t.tid] = (r["rip"], r.system_call or 0)
         else:
             place, call = self._calls.get(t.tid, (0, 0))
@@ -209,7 +210,8 @@ class Target:
         was killed meanwhile.
         """
         try:
-            now = signals.waiting(self.pid) if quick else pending_signals(self.pid)
+            main = self.stopped.threads[0]
+            now = self.stopped.due(main) if quick else pending_signals(self.pid)
         except (FileNotFoundError, ProcessLookupError):
             now = [signal.SIGKILL]
         if signal.SIGKILL in now:

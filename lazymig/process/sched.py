@@ -1,4 +1,4 @@
-"""How a thread is scheduled, its name, and its other small attributes: priorities, affinity, memory policy, prctls.
+"""How a thread is scheduled, and its other small attributes: priorities, affinity, memory policy, prctls.
 
 All are a thread's own in Linux, also where POSIX gives them to the process.
 """
@@ -31,7 +31,6 @@ _NODES_SIZE = 128  # bytes: 1024 NUMA nodes, the most there can be
 _NODES_BITS = 8 * _NODES_SIZE + 1  # the kernel takes one off
 _MPOL_DEFAULT = 0
 
-_PR_SET_NAME, _PR_GET_NAME = 15, 16
 _PR_GET_TSC, _PR_SET_TSC, _TSC_ENABLE = 25, 26, 1
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30
 _PR_MCE_KILL, _PR_MCE_KILL_GET = 33, 34
@@ -57,16 +56,14 @@ def _online() -> int:
 
 
 def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
-    """Sets everything of ``core`` that this module restores, and where the robust list is."""
+    """Sets everything of ``core`` that this module restores."""
     subject = f"thread {tid}"
     attr, cpus = b.out(_ATTR.size), b.out(_AFFINITY_SIZE)
     c_attr = b.call(SYS.sched_getattr, 0, attr.addr, _ATTR.size, 0)
     c_nice = b.call(SYS.getpriority, _PRIO_PROCESS, 0)
     c_cpus = b.call(SYS.sched_getaffinity, 0, _AFFINITY_SIZE, cpus.addr)
     c_io = b.call(SYS.ioprio_get, _IOPRIO_WHO_PROCESS, 0)
-    name, robust = b.out(16, own="name"), b.out(16, own="robust")
     tsc, mode, nodes = b.out(4), b.out(4), b.out(_NODES_SIZE)
-    c_name = b.call(SYS.prctl, _PR_GET_NAME, name.addr)
     c_slack = b.call(SYS.prctl, _PR_GET_TIMERSLACK)
     c_mce = b.call(SYS.prctl, _PR_MCE_KILL_GET, 0, 0, 0, 0)
     c_tsc = b.call(SYS.prctl, _PR_GET_TSC, tsc.addr)
@@ -74,10 +71,8 @@ def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
     spec = [b.call(SYS.prctl, _PR_GET_SPECULATION_CTRL, kind, 0, 0, 0) for kind in range(_SPECULATION_KINDS)]
     c_flusher = b.call(SYS.prctl, _PR_GET_IO_FLUSHER, 0, 0, 0, 0)
     c_numa = b.call(SYS.get_mempolicy, mode.addr, nodes.addr, _NODES_BITS, 0, 0)
-    c_robust = b.call(SYS.get_robust_list, 0, robust.addr, robust.addr + 8)
     yield
     c_attr.check("sched_getattr", subject)
-    c_robust.check("get_robust_list", subject)
     _, policy, flags, _, prio, runtime, deadline, period, util_min, util_max = _ATTR.unpack(attr.data)
     core.sched_nice = 20 - c_nice.check("getpriority", subject)
     core.sched_policy = policy
@@ -92,7 +87,6 @@ def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
     core.sched.affinity = mask if pinned else b""
     if c_io.ret > 0 and c_io.ret >> _IOPRIO_CLASS_SHIFT:
         core.io_priority = c_io.ret
-    c_name.check("prctl(PR_GET_NAME)", subject)
     core.timer_slack_ns = c_slack.check("prctl(PR_GET_TIMERSLACK)", subject)
     core.mce_kill = c_mce.check("prctl(PR_MCE_KILL_GET)", subject)
     core.tsc = int.from_bytes(tsc.data, "little") if c_tsc.ret == 0 else _TSC_ENABLE
@@ -101,20 +95,6 @@ def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
     core.io_flusher = c_flusher.ret == 1
     if c_numa.ret == 0 and (policy_mode := int.from_bytes(mode.data, "little")) != _MPOL_DEFAULT:
         core.numa.mode, core.numa.nodes = policy_mode, nodes.data
-    dump_own(core, name.data, robust.data)
-
-
-def dump_own(core: core_pb2.thread_core_entry, name: bytes, robust: bytes) -> None:
-    """Sets what of it is another one in each thread of a process, from the results of that names."""
-    core.futex_rla, core.futex_rla_len = struct.unpack("<QQ", robust)
-    _dump_name(core, name.split(b"\0")[0])
-
-
-def _dump_name(core: core_pb2.thread_core_entry, name: bytes) -> None:
-    core.ClearField("comm_bytes")
-    core.comm = name.decode("utf-8", "replace")
-    if core.comm.encode() != name:
-        core.comm_bytes = name
 
 
 def restore(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
@@ -134,8 +114,6 @@ def restore(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]
     )  # fmt: skip
     done.append(("sched_setattr", b.call(SYS.sched_setattr, 0, b.put(attr), 0)))
     done.append(("ioprio_set", b.call(SYS.ioprio_set, _IOPRIO_WHO_PROCESS, 0, core.io_priority)))
-    name = (core.comm_bytes or core.comm.encode())[:15]
-    done.append(("prctl(PR_SET_NAME)", b.call(SYS.prctl, _PR_SET_NAME, b.put(name + b"\0"))))
     done.append(("prctl(PR_SET_TIMERSLACK)", b.call(SYS.prctl, _PR_SET_TIMERSLACK, core.timer_slack_ns)))
     done.append(("prctl(PR_MCE_KILL)", b.call(SYS.prctl, _PR_MCE_KILL, 1, core.mce_kill, 0, 0)))
     if core.tsc != _TSC_ENABLE:

@@ -65,13 +65,13 @@ def dump_pending(tid: int, *, shared: bool) -> siginfo_pb2.signal_queue_entry:
     return queue
 
 
-def waiting(tid: int) -> list[int]:
-    """Numbers of what waits for a stopped thread or its process: a tenth of the time that /proc takes to tell.
+def waiting(tid: int, *, shared: bool) -> list[int]:
+    """Numbers of what waits for a stopped thread, or its process: a tenth of the time that /proc takes to tell.
 
     A signal that was sent when the queue was full (RLIMIT_SIGPENDING) is not among them. ProcessGoneError also when
     the process is just being killed (ptrace_freeze_traced of the kernel).
     """
-    return [_number(info) for shared in (False, True) for info in peek_signals(tid, shared=shared)]
+    return [_number(info) for info in peek_signals(tid, shared=shared)]
 
 
 def numbers(queue: siginfo_pb2.signal_queue_entry) -> list[int]:

@@ -66,17 +66,30 @@ def dump_process(b: Batch, pid: int) -> Steps[bytes]:
     return state.SerializeToString()
 
 
-def dump_thread(b: Batch, pid: int, tid: int, *, seccomp: bool = False) -> Steps[bytes]:  # noqa: ARG001
-    """State of one thread, as a ThreadState message.
+def dump_thread(b: Batch, pid: int, tid: int) -> Steps[bytes]:
+    """State of one thread, as a ThreadState message."""
+    common = yield from dump_common(b, pid, tid)
+    return with_pending(common, tid)
 
-    ``seccomp``: whether there was a filter at the start; one that came since is found all the same.
-    """
-    core = core_pb2.thread_core_entry()
+
+def dump_common(b: Batch, pid: int, tid: int) -> Steps[bytes]:  # noqa: ARG001
+    """The same but for signals that wait for it: what threads of one process mostly have alike."""
+    core = core_pb2.thread_core_entry(futex_rla=0, futex_rla_len=0)
     yield from together(creds.dump(b, core, tid), sched.dump(b, core, tid), filters.dump_mode(b, core))
-    core.signals_p.CopyFrom(signals.dump_pending(tid, shared=False))
-    state = state_pb2.ThreadState(tid=tid, core=core)
+    core.signals_p.SetInParent()
+    state = state_pb2.ThreadState(core=core)
     if core.seccomp_mode == core_pb2.filter:
         state.seccomp.CopyFrom(filters.dump(tid))
+    return state.SerializeToString()
+
+
+def with_pending(common: bytes, tid: int) -> bytes:
+    """A thread's whole state from that: the very same bytes where no signal waits for it."""
+    waiting = signals.dump_pending(tid, shared=False)
+    if not waiting.signals:
+        return common
+    state = state_pb2.ThreadState.FromString(common)
+    state.core.signals_p.CopyFrom(waiting)
     return state.SerializeToString()
 
 
@@ -136,7 +149,7 @@ def restore_limits(b: Batch, data: bytes, *, pid: int) -> Steps[None]:
 
 
 def restore_thread(
-    b: Batch, data: bytes, *, pid: int, tid: int, main: bool, blob_at: BlobAt | None = None
+    b: Batch, data: bytes, *, pid: int, tid: int, blob_at: BlobAt | None = None
 ) -> Steps[None]:
     """Puts back a ThreadState in one stopped thread of the skeleton, where seccomp is suspended.
 
@@ -145,8 +158,6 @@ def restore_thread(
     """
     state = thread_state(data)
     core = state.core
-    if state.tid != tid or main != (pid == tid):
-        raise ProtocolError("another thread's state", subject=f"thread {tid}")
     place = blob_at or b.put
     if not (core.signals_p.signals or state.HasField("seccomp") or core.seccomp_mode == core_pb2.strict):
         # The usual case takes a run less: a run makes its calls in the order in which they were added.
@@ -159,6 +170,11 @@ def restore_thread(
     # Before the credentials: without CAP_SYS_ADMIN a filter could only be installed with no_new_privs.
     yield from filters.restore(b, core, state.seccomp, tid, place)
     yield from creds.restore(b, core, tid, place)
+
+
+def is_common(data: bytes) -> bool:
+    """Whether nothing of a ThreadState is for one thread only, so that many may put it back in chorus."""
+    return not thread_state(data).core.signals_p.signals
 
 
 def restore_last(b: Batch, data: bytes) -> Steps[list[str]]:

@@ -1,4 +1,4 @@
-"""A thread's own machine state: registers, extended state, signal mask and stack, TLS, rseq, robust list.
+"""What each thread has for itself: name, registers, extended state, signal mask and stack, TLS, rseq, robust list.
 
 What a tracer reads is in `ThreadState`; the rest is asked by system calls inside the thread. Restoring goes in
 two steps: system calls in the skeleton's thread, then, when nothing runs in it any more, registers and mask.
@@ -7,20 +7,22 @@ two steps: system calls in the skeleton's thread, then, when nothing runs in it 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lazymig.arch import PAGE_SIZE, SYS, XCOMP_PERM, Registers
+from lazymig.arch import PAGE_SIZE, REGISTERS_SIZE, SYS, XCOMP_PERM, Registers, stack_pointer
 from lazymig.errors import ProtocolError
 from lazymig.kernel import ptrace
 from lazymig.kernel.batch import Batch, Steps
 from lazymig.kernel.ptrace import ThreadState
 from lazymig.kernel.ranges import RangeSet
-from lazymig.native import ffi, lib
+from lazymig.native import CData, ffi, lib
 
 _STACK_T = struct.Struct("<QiiQ")  # stack_t of sigaltstack(2): pointer, flags, padding, size
 _SS_ONSTACK, _SS_DISABLE = 1, 2
+_PR_SET_NAME, _PR_GET_NAME = 15, 16
+_NAME_SIZE = 16  # bytes, a zero at the end among them
 _PR_GET_TID_ADDRESS = 40
 _RSEQ_CS_OFFSET = 8
 
@@ -32,13 +34,14 @@ class ThreadImage:
     state: ThreadState
     altstack: bytes
     clear_tid: int
+    name: bytes
 
     def to_wire(self) -> list[Any]:
         """As the prepare frame carries it."""
         s = self.state
         return [
             s.tid, s.regs, s.sigmask, s.robust_head, s.robust_len, s.rseq_ptr, s.rseq_size, s.rseq_sig, s.rseq_cs,
-            s.xstate, self.altstack, self.clear_tid, s.restarting,
+            s.xstate, self.altstack, self.clear_tid, s.restarting, self.name,
         ]  # fmt: skip
 
     @staticmethod
@@ -46,36 +49,42 @@ class ThreadImage:
         """The inverse; ProtocolError for anything unsound."""
         fields: Any = w
         try:
-            tid, regs, mask, head, length, rptr, rsize, rsig, rcs, xstate, altstack, clear, call = fields
+            tid, regs, mask, head, length, rptr, rsize, rsig, rcs, xstate, altstack, clear, call, name = (
+                fields
+            )
             numbers = [int(x) for x in (tid, mask, head, length, rptr, rsize, rsig, rcs, clear, call)]
         except (TypeError, ValueError) as e:
             raise ProtocolError(f"not a thread: {e}") from None
-        if not (isinstance(regs, bytes) and isinstance(xstate, bytes) and isinstance(altstack, bytes)):
+        if not all(isinstance(x, bytes) for x in (regs, xstate, altstack, name)) or len(name) >= _NAME_SIZE:
             raise ProtocolError("not a thread")
-        if len(regs) != 216 or len(altstack) != _STACK_T.size or len(xstate) > ptrace.XSTATE_CAP:
+        if len(regs) != REGISTERS_SIZE or len(altstack) != _STACK_T.size or len(xstate) > ptrace.XSTATE_CAP:
             raise ProtocolError("register areas of another size", subject=f"thread {numbers[0]}")
         if not 0 < numbers[0] < 1 << 22 or any(not 0 <= n < 1 << 64 for n in numbers):
             raise ProtocolError("number out of bounds", subject=f"thread {numbers[0]}")
         tid, mask, head, length, rptr, rsize, rsig, rcs, clear, call = numbers
         state = ThreadState(tid, regs, mask, head, length, rptr, rsize, rsig, rcs, xstate, call)
-        return ThreadImage(state, altstack, clear)
+        return ThreadImage(state, altstack, clear, name)
 
 
 def dump_thread(b: Batch, state: ThreadState) -> Steps[ThreadImage]:
     """What only the thread itself can be asked."""
-    stack = b.out(_STACK_T.size, own="stack")
-    tid = b.out(8, own="tid")
+    stack, tid = b.out(_STACK_T.size, own="stack"), b.out(8, own="tid")
+    name = b.out(_NAME_SIZE, own="name")
     c1 = b.call(SYS.sigaltstack, 0, stack.addr)
     c2 = b.call(SYS.prctl, _PR_GET_TID_ADDRESS, tid.addr, 0, 0, 0)
+    c3 = b.call(SYS.prctl, _PR_GET_NAME, name.addr)
     yield
     c1.check("sigaltstack", f"thread {state.tid}")
     c2.check("prctl(PR_GET_TID_ADDRESS)", f"thread {state.tid}")
-    return image(state, stack.data, tid.data)
+    c3.check("prctl(PR_GET_NAME)", f"thread {state.tid}")
+    return image(state, {"stack": stack.data, "tid": tid.data, "name": name.data})
 
 
-def image(state: ThreadState, stack: bytes, tid: bytes) -> ThreadImage:
+def image(state: ThreadState, own: Mapping[str, bytes]) -> ThreadImage:
     """A thread's image from the results of these names."""
-    return ThreadImage(state, stack, int.from_bytes(tid, "little"))
+    return ThreadImage(
+        state, own["stack"], int.from_bytes(own["tid"], "little"), own["name"].partition(b"\0")[0]
+    )
 
 
 def dump_xcomp(b: Batch) -> Steps[int]:
@@ -108,6 +117,7 @@ def restore_thread(b: Batch, image: ThreadImage) -> Steps[None]:
         at = b.put(_STACK_T.pack(sp, flags & ~_SS_ONSTACK, pad, size))
         calls.append(("sigaltstack", b.call(SYS.sigaltstack, at, 0)))
     calls.append(("set_tid_address", b.call(SYS.set_tid_address, image.clear_tid)))
+    calls.append(("prctl(PR_SET_NAME)", b.call(SYS.prctl, _PR_SET_NAME, b.put(image.name + b"\0"))))
     if s.robust_head:
         calls.append(("set_robust_list", b.call(SYS.set_robust_list, s.robust_head, s.robust_len)))
     if s.rseq_ptr:
@@ -153,6 +163,8 @@ def source_registers(state: ThreadState, pending: Sequence[int]) -> bytes:
 
 
 _ROBUST_CAP = 4096  # addresses
+_RED_ZONE = 128  # bytes below the stack pointer that are in use
+_TOP = 1 << 47  # no address of a process's own is above
 
 
 def eager_pages(pid: int, images: Sequence[ThreadImage]) -> RangeSet:
@@ -161,31 +173,39 @@ def eager_pages(pid: int, images: Sequence[ThreadImage]) -> RangeSet:
     And what the kernel touches when a thread ends (its tid address, its list of robust locks and these locks): it
     does not wait for a missing page then, so that who waits for the lock or the end would wait for ever.
     """
-    pages = []
-
-    def add(address: int, size: int) -> None:
-        if address:
-            pages.append((address & -PAGE_SIZE, (address + size + PAGE_SIZE - 1) & -PAGE_SIZE))
-
+    spans = []
     for i in images:
         t = i.state
-        add(t.rseq_ptr, t.rseq_size)
-        add(i.clear_tid, 4)
-        add(t.robust_head, t.robust_len)
-        add(Registers(t.regs).stack_pointer - 128, PAGE_SIZE)
+        sp = stack_pointer(t.regs) - _RED_ZONE
+        spans += [(t.rseq_ptr, t.rseq_size), (i.clear_tid, 4), (t.robust_head, t.robust_len), (sp, PAGE_SIZE)]
     heads = ffi.new("uint64_t[]", [h for i in images if (h := i.state.robust_head)])
     out = ffi.new("uint64_t[]", _ROBUST_CAP)
-    for n in range(lib.lm_robust_addresses(pid, heads, len(heads), out, _ROBUST_CAP)):
-        add(out[n], 8)
-    return RangeSet.of(p for p in pages if p[1] < 1 << 47)
+    n = lib.lm_robust_addresses(pid, heads, len(heads), out, _ROBUST_CAP)
+    spans += [(address, 8) for address in ffi.unpack(out, n)]
+    pages = {
+        (address & -PAGE_SIZE, (address + size + PAGE_SIZE - 1) & -PAGE_SIZE)
+        for address, size in spans
+        if 0 < address < address + size < _TOP
+    }
+    return RangeSet.of(pages)
 
 
-def set_final(image: ThreadImage, pending: Sequence[int]) -> None:
-    """Puts extended state, registers and signal mask into the skeleton's stopped thread: the last thing done."""
-    s = image.state
-    ptrace.set_xstate(s.tid, s.xstate)
-    ptrace.set_regs(s.tid, resume_registers(s, pending))
-    ptrace.set_sigmask(s.tid, s.sigmask)
+class FinalRegisters:
+    """Extended state, registers and signal masks of the skeleton's stopped threads: the last thing that is set."""
+
+    def __init__(self, images: Sequence[ThreadImage], pending: Sequence[Sequence[int]]) -> None:
+        self._n = len(images)
+        self._final: CData = ffi.new("lm_final[]", self._n)
+        self._kept = [ffi.from_buffer("uint8_t[]", i.state.xstate) for i in images]  # what C points to
+        for f, i, xstate, waiting in zip(self._final, images, self._kept, pending, strict=True):
+            f.tid, f.mask, f.xstate, f.xstate_len = i.state.tid, i.state.sigmask, xstate, len(xstate)
+            ffi.memmove(ffi.addressof(f, "regs"), resume_registers(i.state, waiting), REGISTERS_SIZE)
+
+    def set(self) -> None:
+        """Sets them. Raises SyscallError (EINVAL: this CPU lacks a feature of the state), ProcessGoneError."""
+        r = lib.lm_finish_threads(self._final, self._n)
+        tid = self._final[min(r.done, self._n - 1)].tid
+        ptrace.check(r, "setting registers and extended state", f"thread {tid}")
 
 
 def write_rseq_cs(pid: int, state: ThreadState) -> None:

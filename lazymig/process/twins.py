@@ -1,88 +1,85 @@
-"""Threads of one process are much alike: one says all of itself, and of the others who says the same is copied.
+"""Threads of one process are much alike: one is asked, the others make the same calls in chorus with it.
 
-Asking costs a tenth of a millisecond a thread, nearly all of it to put questions together and to take answers apart.
+Asking costs a tenth of a millisecond a thread, nearly all of it to put questions together and to take answers apart,
+and so does putting state back. Of threads that answer as the first one did only what is their own is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from lazymig.kernel.batch import Batch, Steps, run_all_steps, run_batches
+from lazymig.kernel.batch import Batch, Chorus, Steps, follow, run_all_steps
 from lazymig.kernel.ptrace import ThreadState
-from lazymig.pb import core_pb2, state_pb2
-from lazymig.process import creds, sched, signals, state
+from lazymig.native import ffi, lib
+from lazymig.process import creds, seccomp, state
 from lazymig.process.threads import ThreadImage, dump_thread, image
 
-_KINDS = 8  # as many are looked out for
 Dumped = tuple[ThreadImage, bytes]  # the machine state, and a ThreadState message
 
 
-def _dump(b: Batch, pid: int, thread: ThreadState, *, seccomp: bool) -> Steps[Dumped]:
-    ours, message = yield from state.together(
-        dump_thread(b, thread), state.dump_thread(b, pid, thread.tid, seccomp=seccomp)
-    )
-    return ours, message
+def _dump(b: Batch, pid: int, thread: ThreadState) -> Steps[Dumped]:
+    ours, common = yield from state.together(dump_thread(b, thread), state.dump_common(b, pid, thread.tid))
+    return ours, common
 
 
 def dump(
-    batches: Sequence[Batch],
-    threads: Sequence[ThreadState],
-    pid: int,
-    main: Sequence[Steps[object]],
-    *,
-    seccomp: bool,
-) -> tuple[list[Dumped], list[object]]:
+    batches: Sequence[Batch], threads: Sequence[ThreadState], pid: int, main: Sequence[Steps[Any]]
+) -> tuple[list[Dumped], list[Any]]:
     """All threads of a stopped process, and what the further steps of the main one give; the first is that.
 
     Raises SyscallError.
     """
-    steps = [_dump(b, pid, t, seccomp=seccomp) for b, t in zip(batches, threads, strict=True)]
-    if len(threads) < 3:
-        groups = [
-            (b, [s, *main] if i == 0 else [s]) for i, (b, s) in enumerate(zip(batches, steps, strict=True))
-        ]
-        results = run_all_steps(groups)
-        return [r[0] for r in results], results[0][1:]
-    sample, twins = batches[1], batches[2:]
-    for s in (*steps[:2], *main):
-        next(s)
-    for b in twins:
-        b.twin(sample)
-    run_batches(batches)
-    (first, *others), (second,) = run_all_steps([(batches[0], [steps[0], *main]), (sample, [steps[1]])])
-    found: dict[int, Dumped] = {0: first, 1: second}
-    kinds, rest = [_Kind(sample, second, creds.status_lines(threads[1].tid))], []
-    for i, (b, thread) in enumerate(zip(twins, threads[2:], strict=True), 2):
-        lines = creds.status_lines(thread.tid)
-        if kind := next((k for k in kinds if k.has(b, lines)), None):
-            found[i] = kind.read(b, thread)
-        elif len(kinds) < _KINDS:
-            ((found[i],),) = run_all_steps([(b, [steps[i]])])
-            kinds.append(_Kind(b, found[i], lines))
-        else:
-            rest.append(i)
-    for i, (dumped,) in zip(rest, run_all_steps([(batches[i], [steps[i]]) for i in rest]), strict=True):
-        found[i] = dumped
-    return [found[i] for i in range(len(threads))], others
+    of = {t.tid: t for t in threads}
+    groups: list[tuple[Batch, Sequence[Steps[Any]]]] = [
+        (b, [_dump(b, pid, t)]) for b, t in zip(batches[:2], threads, strict=False)
+    ]
+    groups[0] = (groups[0][0], [*groups[0][1], *main])
+    chorus = Chorus(batches[1], batches[2:]) if len(batches) > 1 else None
+    (first, *more), *results = run_all_steps(groups, [chorus] if chorus else [])
+    found: dict[int, Dumped] = {pid: first}
+    while chorus:
+        ((lead,),) = results
+        found[chorus.lead.tid] = lead
+        found |= _alike(chorus, lead[1], of)
+        chorus = Chorus.of_strays(chorus) if chorus.strays else None
+        if chorus:
+            results = run_all_steps([(chorus.lead, [_dump(chorus.lead, pid, of[chorus.lead.tid])])], [chorus])
+    ordered = [found[tid] for tid in of]
+    return [(ours, state.with_pending(common, ours.state.tid)) for ours, common in ordered], more
 
 
-class _Kind:
-    """Threads that have answered as this one did."""
+def _alike(chorus: Chorus, common: bytes, of: dict[int, ThreadState]) -> dict[int, Dumped]:
+    """Those who said the same as their lead, and of whom /proc and the tracer say the same."""
+    lines = creds.status_lines(chorus.lead.tid)
+    tids = ffi.new("int32_t[]", [b.tid for b in chorus.others])
+    alike = ffi.new("uint8_t[]", b"\1" * len(tids))
+    lib.lm_status_alike(tids, len(tids), ffi.from_buffer(lines), len(lines), alike)
+    chorus.keep(bytes(ffi.buffer(alike, len(tids))))
+    chain = state.thread_state(common).seccomp
+    if chain.seccomp_filters:
+        chorus.keep(bytes(seccomp.dump(b.tid) == chain for b in chorus.others))
+    return {b.tid: (image(of[b.tid], own), common) for b, own in zip(chorus.others, chorus.own, strict=True)}
 
-    def __init__(self, sample: Batch, dumped: Dumped, lines: bytes) -> None:
-        self._answers = sample.answers
-        self._message = state_pb2.ThreadState.FromString(dumped[1])
-        self._lines = lines
 
-    def has(self, b: Batch, lines: bytes) -> bool:
-        """Whether a thread, with these lines of its status, is such a one; never where each has filters of its own."""
-        filtered = self._message.core.seccomp_mode == core_pb2.filter
-        return not filtered and lines == self._lines and self._answers.alike(b.answers)
+def restore(groups: Sequence[tuple[Batch, bytes]], steps: Callable[[Batch, bytes], Steps[None]]) -> None:
+    """Puts back threads' states, of which many are the same: ``steps`` makes a generator for a batch and a state.
 
-    def read(self, b: Batch, thread: ThreadState) -> Dumped:
-        """What it is."""
-        m, own = self._message, b.answers.own
-        m.tid = thread.tid
-        sched.dump_own(m.core, own["name"], own["robust"])
-        m.core.signals_p.CopyFrom(signals.dump_pending(thread.tid, shared=False))
-        return image(thread, own["stack"], own["tid"]), m.SerializeToString()
+    Raises SyscallError.
+    """
+    kinds: dict[tuple[bytes, int], list[Batch]] = {}
+    common = {data: state.is_common(data) for data in {data for _, data in groups}}
+    for b, data in groups:
+        kinds.setdefault((data, 0 if common[data] else b.tid), []).append(b)
+    rows = [(Chorus(lead, others), data) for (data, _), (lead, *others) in kinds.items()]
+    for c, _ in rows:
+        c.lead.remember()
+    run_all_steps([(c.lead, [steps(c.lead, data)]) for c, data in rows])
+    short = [c for c, _ in rows if c.fits]
+    long = [(Chorus(c.others[0], c.others[1:]), data) for c, data in rows if c.others and not c.fits]
+    follow(short)
+    for c, _ in rows:
+        c.lead.forget()
+    run_all_steps([(c.lead, [steps(c.lead, data)]) for c, data in long], [c for c, _ in long])
+    for c in (*short, *(c for c, _ in long)):
+        c.check("putting back a thread's state")

@@ -52,6 +52,12 @@ class SharedRegion:
     def fetch(self, start: int, end: int) -> None:
         """Nothing to do: the memory is shared."""
 
+    def flush_each(self, at: CData, n: int, score: CData) -> None:
+        """Nothing to do: the memory is shared."""
+
+    def fetch_each(self, at: CData, n: int, score: CData) -> None:
+        """Nothing to do: the memory is shared."""
+
     def close(self) -> None:
         """Lets go of the descriptor; the mapping goes with its last user."""
         os.close(self.fd)

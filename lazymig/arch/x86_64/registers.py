@@ -17,11 +17,19 @@ _NAMES = (
     *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
 )
 _FORMAT = struct.Struct("<27Q")
+REGISTERS_SIZE = _FORMAT.size  # bytes
+_RAX, _RSP = (struct.Struct(f"<{8 * _NAMES.index(name)}xQ") for name in ("rax", "rsp"))
 _U64 = (1 << 64) - 1
 _CS_64 = 0x33
 
 # What a system call leaves in rax when a stop interrupted it (include/linux/errno.h, never seen by a program).
-_RESTART = {-512, -513, -514, -516}  # ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK
+_RESTART_BLOCK = -516
+_RESTART = {
+    -512,
+    -513,
+    -514,
+    _RESTART_BLOCK,
+}  # ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK
 _EINTR = -4
 # Calls that give the program EINTR for a stop that is none of its business (signal(7), "Interruption of system
 # calls ... by stop signals"; tried, reference/kernel.md section 5).
@@ -56,6 +64,16 @@ def _signed(v: int) -> int:
     return v - (1 << 64) if v >> 63 else v
 
 
+def stack_pointer(raw: bytes) -> int:
+    """The stack pointer among a thread's registers: a tenth of the time of taking all apart."""
+    return int(_RSP.unpack_from(raw)[0])
+
+
+def restarts_by_block(raw: bytes) -> bool:
+    """Whether the kernel would go on with a system call by restart_syscall(2): only in this very thread."""
+    return _signed(_RAX.unpack_from(raw)[0]) == _RESTART_BLOCK
+
+
 class Registers:
     """The registers of one stopped thread, changeable by name."""
 
@@ -73,11 +91,6 @@ class Registers:
         return _FORMAT.pack(*self._r.values())
 
     @property
-    def stack_pointer(self) -> int:
-        """The stack pointer."""
-        return self._r["rsp"]
-
-    @property
     def is_64_bit(self) -> bool:
         """Whether the thread runs 64-bit code just now."""
         return self._r["cs"] == _CS_64
@@ -91,11 +104,6 @@ class Registers:
     def name_call(self, nr: int) -> None:
         """Puts the number of the call that is really under way in place of restart_syscall's."""
         self["orig_rax"] = nr
-
-    @property
-    def restarts_by_block(self) -> bool:
-        """Whether the kernel would go on with the call by restart_syscall(2): only in this very thread."""
-        return _signed(self._r["rax"]) == -516
 
     def interrupted(self, *, handler_due: bool) -> bool:
         """Whether a system call was broken off by the stop, so that it must start again.
@@ -129,7 +137,7 @@ class Registers:
         register named must be pointed at it.
         """
         nr = self.system_call
-        if _signed(self._r["rax"]) != -516:
+        if _signed(self._r["rax"]) != _RESTART_BLOCK:
             return None
         if nr == SYS.nanosleep and self._r["rsi"]:
             return "rdi", self._r["rsi"]
