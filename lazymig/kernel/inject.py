@@ -76,6 +76,9 @@ class Injection:
         self.gadget = gadget
         self.threads = threads
         self.region: PrivateRegion | None = None
+        self.areas: list[
+            tuple[int, int]
+        ] = []  # where it ever was, for whoever looks at the mappings meanwhile
 
     def __enter__(self) -> Self:
         return self
@@ -98,6 +101,7 @@ class Injection:
         """Maps the area that batches need; it goes away with this context."""
         base = self.step("mmap", SYS.mmap, 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, -1, 0)
         self.region = PrivateRegion(self.pid, base, size)
+        self.areas.append((base, base + size))
         ptrace.poke(self.pid, base, blob())
         return self.region
 

@@ -2,6 +2,7 @@
 
 #include <string.h>
 #include <sys/ioctl.h>
+#include <unistd.h>
 
 /* linux/fs.h of recent kernels; the system's headers may be older. */
 struct pm_scan_arg {
@@ -110,4 +111,30 @@ lm_result lm_vma_snapshot(int maps, lm_vma *out, uint64_t cap)
 		out[n++] = (lm_vma){q.vma_start, q.vma_end, q.vma_flags, q.vma_offset, q.inode, q.dev_major, q.dev_minor};
 		addr = q.vma_end;
 	}
+}
+
+lm_result lm_maps_text(int maps, char *out, uint64_t cap)
+{
+	uint64_t n = 0;
+
+	while (n < cap) {
+		ssize_t got = pread(maps, out + n, cap - n, (off_t)n);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0)
+			return got ? lm_fail(n, errno) : lm_ok(n);
+		n += (uint64_t)got;
+	}
+	return lm_fail(n, ENOSPC);
+}
+
+lm_result lm_maps_text_after(int go, int maps, char *out, uint64_t cap)
+{
+	uint64_t ignored;
+
+	while (read(go, &ignored, sizeof ignored) < 0)
+		if (errno != EINTR)
+			return lm_fail(0, errno);
+	return lm_maps_text(maps, out, cap);
 }

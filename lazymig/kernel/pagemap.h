@@ -36,6 +36,10 @@ typedef struct {
 
 /* All VMAs below the kernel's half, by a descriptor of /proc/PID/maps. `done` of them; ENOSPC, ENOTTY. */
 lm_result lm_vma_snapshot(int maps, lm_vma *out, uint64_t cap);
+/* The text of such a file from its beginning. `done` bytes of it; ENOSPC: there is more than `cap`. */
+lm_result lm_maps_text(int maps, char *out, uint64_t cap);
+/* The same once something can be read from `go`, an eventfd: for a thread that shall begin without a word to Python. */
+lm_result lm_maps_text_after(int go, int maps, char *out, uint64_t cap);
 /* cffi: end */
 
 /* linux/fs.h of recent kernels: the flags of a scan, and PAGE_IS_*; the system's headers may be older. */

@@ -36,6 +36,13 @@ def beside(pid: int) -> None:
         os.sched_setaffinity(0, {_processor_of(pid)})
 
 
+def aside() -> None:
+    """Moves this thread away from where the main one is: it helps in a freeze."""
+    _hurry(0)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, _allowed - {_processor_of(os.getpid())} or _allowed)
+
+
 def together(tids: Iterable[int], helpers: Iterable[int | None]) -> None:
     """Moves this thread and its tracees to the processor where it is; theirs is set anew with their state.
 

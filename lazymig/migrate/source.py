@@ -384,8 +384,10 @@ class SourceMigration:
 
         beside(self.options.pid)
         for tries_left in reversed(range(_FREEZE_TRIES)):
+            self.target.prepare_look()
             t[:] = [time.perf_counter()]
             self.target.stop()
+            self.target.look_ahead()
             step("stop")
             try:
                 fds = self.dumper.final(self.target.mapped_objects())
@@ -405,10 +407,7 @@ class SourceMigration:
         with capture(self.target) as captured:
             self.links.control.send_now({"t": "state", **captured.to_wire()})
             step("state")
-        self.target.refresh_layout(with_flags=self.options.mode in (Mode.POSTCOPY, Mode.STOP_AND_COPY))
-        step("layout")
-        eager, lazy, gone = self._residual(captured)
-        step("scan")
+        eager, lazy, gone = self._look(captured, step)
         same = self.target.layout is self._sent_layout and not self._anew
         d = None if same else diff(self._sent_layout, self.target.layout, self._anew)
         step("diff")
@@ -453,6 +452,24 @@ class SourceMigration:
         for warning in frames.texts(ready, "warnings"):
             self.emit({"event": "warning", "text": warning})
         return await self._serve(lazy, eager, downtime, connected)
+
+    def _look(self, captured: Capture, step: Callable[[str], None]) -> tuple[RangeSet, RangeSet, RangeSet]:
+        """The layout as it is now, and `_residual` by it."""
+        known, tracker = self.target.layout, self.target.tracker
+        held = tracker.held if tracker is not None else RangeSet()
+        found = None
+        if self.target.looking:
+            # With many mappings both take long, and the layout hardly ever changes in the last moment.
+            found = self._residual(captured)
+            step("scan")
+        self.target.refresh_layout(with_flags=self.options.mode in (Mode.POSTCOPY, Mode.STOP_AND_COPY))
+        step("layout")
+        if found is None or self.target.layout is not known:
+            if tracker is not None:
+                tracker.held = held
+            found = self._residual(captured)
+            step("scan" if "scan" not in self._steps else "scan again")
+        return found
 
     def _residual(self, captured: Capture) -> tuple[RangeSet, RangeSet, RangeSet]:
         """(eager, lazy, gone): pages to send in the freeze, to serve afterwards, and only to drop."""

@@ -14,15 +14,24 @@ from lazymig.arch import SYS, Registers, restarts_by_block
 from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
 from lazymig.kernel import ptrace
 from lazymig.kernel.inject import Injection, find_gadget
-from lazymig.kernel.pagemap import Pagemap, VmaSnapshots
+from lazymig.kernel.pagemap import Pagemap, VmaSnapshots, packed, without
 from lazymig.kernel.ptrace import ThreadState
 from lazymig.kernel.ranges import RangeSet, Spans
+from lazymig.migrate.placement import aside
 from lazymig.process import signals
 from lazymig.process.descriptors import MappedObject, ObjectKey
 from lazymig.process.limits import MEMBARRIER_GET_REGISTRATIONS
 from lazymig.process.source import SourceProcess
 from lazymig.process.threads import source_registers
-from lazymig.process.vmas import PROT_WRITE, SHARED_MEMORY, Kind, Layout, Vma, read_layout, special
+from lazymig.process.vmas import (
+    PROT_WRITE,
+    SHARED_MEMORY,
+    Kind,
+    Layout,
+    LayoutReader,
+    Vma,
+    vdso,
+)
 from lazymig.track.chain import adopt
 from lazymig.track.shmem import ObjectExtents
 from lazymig.track.wp_async import Mapped, WpAsyncTracker, guard_pages
@@ -67,6 +76,7 @@ class Target:
         self.pid = pid
         self.source = SourceProcess(pid)
         self.snapshots = VmaSnapshots(pid)
+        self.reader = LayoutReader(pid)
         self.extents = ObjectExtents(pid)
         self.layout = Layout([])
         self.tracker: WpAsyncTracker | None = None
@@ -155,16 +165,20 @@ class Target:
         """System calls inside the stopped process; its threads' registers are put back at the end."""
         assert self._stopped is not None
         if not self._gadget:
-            vdso = special(read_layout(self.pid, with_flags=False), Kind.VDSO)
-            if vdso is None:
+            where = vdso(self.pid)
+            if where is None:
                 raise LazymigError("it has no vDSO", code="no-vdso", subject=f"pid {self.pid}")
-            self._gadget = find_gadget(self.pid, (vdso.start, vdso.end))
-        return Injection(self.pid, self._stopped.threads, self._gadget)
+            self._gadget = find_gadget(self.pid, where)
+        self._injection = Injection(self.pid, self._stopped.threads, self._gadget)
+        return self._injection
 
     _gadget = 0
+    _injection: Injection | None = None
 
     def let_run(self) -> None:
         """Lets the stopped process go on as if nothing had been; no effect on a running one."""
+        self.looking = False
+        self.snapshots.drop()  # what it tells of may change now
         stopped, self._stopped = self._stopped, None
         if stopped is not None:
             self._release(stopped)
@@ -262,15 +276,37 @@ class Target:
 
     # ---- memory
 
+    def prepare_look(self) -> None:
+        """Gets `look_ahead` ready while the process runs still."""
+        self.snapshots.prepare(aside)
+
+    def look_ahead(self) -> None:
+        """Of the stopped process: begins the look that `refresh_layout` needs beside other work, if it takes long."""
+        self.looking = self.snapshots.begin()
+
+    looking = False
+
+    def _snapshot_begun(self) -> bytes:
+        self.looking = False
+        areas = self._injection.areas if self._injection is not None else []
+        return without(self.snapshots.take(), areas)
+
     def refresh_layout(self, *, with_flags: bool, anew: bool = False) -> Layout:
         """Reads the layout when it changed since the last time, or ``anew`` in any case."""
-        snapshot = self.snapshots.take()
-        if anew or snapshot != self._snapshot or (with_flags and not self._flags_known):
-            self.layout = read_layout(self.pid, with_flags=with_flags, known=self.layout)
-            self._snapshot = snapshot
-            self._flags_known = with_flags
-            self._mapped = None
-            self._objects = None
+        anew = anew or (with_flags and not self._flags_known)
+        # What was begun may have seen our own area joined with a neighbour: then only a second look tells.
+        if anew or not (self.looking and self._snapshot_begun() == self._snapshot):
+            snapshot = self.snapshots.take()
+            if anew or snapshot != self._snapshot:
+                text = snapshot if self.snapshots.many else None
+                layout = self.reader.read(with_flags=with_flags, text=text)
+                # Not the snapshot: it may have changed in between, and could change back.
+                self._snapshot = self.reader.text if self.snapshots.many else packed(self.reader.text)
+                self._flags_known = with_flags
+                if layout is not self.layout:
+                    self.layout = layout
+                    self._mapped = None
+                    self._objects = None
         return self.layout
 
     _flags_known = False
@@ -337,6 +373,7 @@ class Target:
         self._gadget = 0
         self.snapshots.close()
         self.snapshots = VmaSnapshots(self.pid)
+        self.reader = LayoutReader(self.pid)
         self.plant_tracker()
 
     def forget_tracker(self) -> None:

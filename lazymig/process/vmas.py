@@ -258,6 +258,8 @@ def diff(old: Layout, new: Layout, anew: RangeSet | None = None) -> LayoutDiff:
     together from older ones would not be one VMA, as mremap wants it.
     """
     anew = anew or RangeSet()
+    if old is new and not anew:
+        return LayoutDiff(RangeSet(), [], [])
     edges = {x for layout in (old, new) for v in layout for x in (v.start, v.end)}
     cuts = sorted(edges | {x for r in anew for x in r})
     unmap: list[tuple[int, int]] = []
@@ -369,41 +371,76 @@ def _parse_line(line: str, flags: frozenset[str]) -> Vma:
 
 def parse_smaps(text: str) -> list[Vma]:
     """The VMAs told of by the text of /proc/PID/smaps (or of maps, then without flags)."""
-    head, found = "", []
-    for line in text.splitlines():
-        if line[:1].isupper():  # "Size:", "Rss:", ...
-            if line.startswith("VmFlags:"):
-                found.append(_parse_line(head, frozenset(line.split()[1:])))
-                head = ""
-        else:
-            if head:
-                found.append(_parse_line(head, frozenset()))
-            head = line
-    if head:
-        found.append(_parse_line(head, frozenset()))
-    return found
+    return [_parse_line(head, frozenset(flags.split())) for head, flags in _heads(text)]
 
 
-def read_layout(pid: int, *, with_flags: bool = True, known: Layout | None = None) -> Layout:
-    """The layout of ``pid``. ``with_flags`` walks its page tables (smaps: slow for big processes).
+def _heads(text: str) -> Iterator[tuple[str, str]]:
+    """The line of each VMA in such a text, as maps has it, and its VmFlags."""
+    *blocks, rest = text.split("\nVmFlags:")
+    line_end = 0  # of the block before: its flags
+    for i, block in enumerate(blocks):
+        head, _, _ = block[line_end:].partition("\n")
+        following = blocks[i + 1] if i + 1 < len(blocks) else rest
+        line_end = following.find("\n") + 1 or len(following)
+        yield head, following[:line_end]
+    for line in rest[line_end:].split("\n"):
+        if line and not line[0].isupper():  # "Size:", "Rss:", ...
+            yield line, ""
 
-    Without, the flags of pieces are those that ``known`` has at the same place: for the freeze, where a walk
-    would cost too much. Raises ProcessGoneError.
-    """
+
+class LayoutReader:
+    """Reads a process's layout again and again: VMAs that are as they were are the same objects again."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._by_line: dict[str, tuple[str, Vma]] = {}  # their flags as text, and the VMAs of the last layout
+        self._last = Layout([])
+        self.text = b""  # what /proc/PID/maps says when the layout is just the last one that was read
+
+    def read(self, *, with_flags: bool = True, text: bytes | None = None) -> Layout:
+        """The layout; the last one itself when nothing has changed. Raises ProcessGoneError.
+
+        ``with_flags`` walks its page tables (smaps: slow for big processes). Without, the flags of pieces are those
+        that were known at the same place: for the freeze, where a walk would cost too much. ``text`` is what maps
+        says, for one who has read that already.
+        """
+        if with_flags or text is None:
+            text = _read_text(self.pid, "smaps" if with_flags else "maps")
+        lines: dict[str, tuple[str, Vma]] = {}
+        for line, flags in _heads(text.decode("utf-8", "surrogateescape")):
+            known = self._by_line.get(line)
+            if known is None or (with_flags and known[0] != flags):
+                vma = _parse_line(line, frozenset(flags.split()))
+                known = (flags, vma if with_flags else _with_known_flags(vma, self._last))
+            lines[line] = known
+        found = [v for _, v in lines.values() if v.kind is not Kind.VSYSCALL]
+        if not found:
+            raise ProcessGoneError("it has no memory any more", subject=f"pid {self.pid}")
+        self._by_line = lines
+        self.text = "\n".join([*lines, ""]).encode("utf-8", "surrogateescape")
+        if found != self._last.vmas:
+            self._last = Layout(found)
+        return self._last
+
+
+def _read_text(pid: int, name: str) -> bytes:
     try:
         # One read call per page of text is what the kernel gives; a consistent view is not needed before the freeze.
-        with open(
-            f"/proc/{pid}/{'smaps' if with_flags else 'maps'}", encoding="utf-8", errors="surrogateescape"
-        ) as f:
-            vmas = parse_smaps(f.read())
+        with open(f"/proc/{pid}/{name}", "rb") as f:
+            return f.read()
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessGoneError("it ended", subject=f"pid {pid}") from None
-    if not vmas:
-        raise ProcessGoneError("it has no memory any more", subject=f"pid {pid}")
-    vmas = [v for v in vmas if v.kind is not Kind.VSYSCALL]
-    if known is not None and not with_flags:
-        vmas = [_with_known_flags(v, known) for v in vmas]
-    return Layout(vmas)
+
+
+def read_layout(pid: int, *, with_flags: bool = True) -> Layout:
+    """The layout of ``pid``, as `LayoutReader.read`."""
+    return LayoutReader(pid).read(with_flags=with_flags)
+
+
+def vdso(pid: int) -> tuple[int, int] | None:
+    """Where the vDSO is mapped now (start, end), without a look at anything else: in a stop of the process."""
+    found = re.search(rb"^([0-9a-f]+)-([0-9a-f]+) .* \[vdso\]$", _read_text(pid, "maps"), re.MULTILINE)
+    return (int(found[1], 16), int(found[2], 16)) if found else None
 
 
 def _with_known_flags(v: Vma, known: Layout) -> Vma:

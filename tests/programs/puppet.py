@@ -91,6 +91,12 @@ def protect(name, first, count, prot):
     good(libc.mprotect(regions[name][0] + first * PAGE, count * PAGE, prot))
 
 
+def comb(name, first, count):
+    """A mapping for each page."""
+    for p in range(first, first + count, 2):
+        protect(name, p, 1, 1)
+
+
 def unmap(name, first, count):
     """A hole."""
     good(libc.munmap(regions[name][0] + first * PAGE, count * PAGE))
@@ -147,7 +153,7 @@ child = (-1, -1)
 commands = {
     f.__name__.strip("_"): f for f in (map_, alias, fill, zero, look, fdwrite, advise, protect, unmap, renew)
 }
-commands |= {f.__name__: f for f in (resize, move, fork, reap, again)}
+commands |= {f.__name__: f for f in (comb, resize, move, fork, reap, again)}
 
 if __name__ == "__main__":
     print(json.dumps(os.getpid()), flush=True)

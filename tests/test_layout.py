@@ -1,0 +1,190 @@
+"""The layout of a process that changes it: what is kept, read again or looked at ahead is what /proc says."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from predump_kit import Puppet
+
+from lazymig.kernel import procfs, ptrace
+from lazymig.kernel.pagemap import VmaSnapshots, packed
+from lazymig.kernel.ranges import PAGE, RangeSet
+from lazymig.migrate.parts import lazy_areas
+from lazymig.migrate.target import Target
+from lazymig.process.vmas import Kind, Layout, LayoutReader, Vma, diff, read_layout
+
+PAGES = 1400  # as a comb more VMAs than are asked for one by one
+
+
+@contextmanager
+def watched(*, many: bool):
+    ptrace.block_sigchld()
+    puppet = Puppet()
+    try:
+        puppet.do("map", "it", PAGES, "private")
+        if many:
+            puppet.do("comb", "it", 0, PAGES)
+        target = Target(puppet.pid)
+        try:
+            target.refresh_layout(with_flags=True)
+            yield puppet, target
+        finally:
+            target.close()
+    finally:
+        puppet.close()
+
+
+def maps(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/maps").read_bytes()
+
+
+def truth(pid: int):
+    found = procfs.parse_maps(maps(pid).decode("utf-8", "surrogateescape"))
+    return [(v.start, v.end, v.perms[:3]) for v in found if v.path != "[vsyscall]"]
+
+
+def told(layout: Layout):
+    return [
+        (v.start, v.end, "".join(c if v.prot >> i & 1 else "-" for i, c in enumerate("rwx"))) for v in layout
+    ]
+
+
+parts = st.lists(st.integers(0, PAGES), min_size=2, max_size=2, unique=True).map(sorted)
+changes = st.one_of(
+    parts.map(lambda e: ["comb", "it", e[0], e[1] - e[0]]),
+    st.tuples(parts, st.sampled_from([0, 1, 3])).map(
+        lambda c: ["protect", "it", c[0][0], c[0][1] - c[0][0], c[1]]
+    ),
+    parts.map(lambda e: ["renew", "it", e[0], e[1] - e[0]]),
+    st.integers(1, 40).map(lambda n: ["map", "more", n, "private"]),
+    st.just(["nothing"]),
+)
+steps = st.lists(
+    st.tuples(changes, st.sampled_from(["flags", "quick", "stopped", "ahead"])), min_size=1, max_size=8
+)
+
+
+@given(many=st.booleans(), script=steps)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.timeout(120)
+def test_every_look_tells_the_truth(many, script):
+    with watched(many=many) as (puppet, target):
+        for change, how in script:
+            if change != ["nothing"]:
+                puppet.do(*change)
+            before = target.layout
+            if how == "ahead":
+                target.prepare_look()
+            if how in ("stopped", "ahead"):
+                target.stop()
+            if how == "ahead":
+                target.look_ahead()
+            layout = target.refresh_layout(with_flags=how == "flags")
+            target.let_run()
+            assert told(layout) == truth(puppet.pid)
+            assert target.reader.text == maps(puppet.pid)
+            if change == ["nothing"] and how != "flags":
+                assert layout is before, "read again for nothing"
+            assert layout.vmas == read_layout(puppet.pid).vmas or how != "flags"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_changes_amid_a_look_and_back_again_is_seen(many, monkeypatch):
+    with watched(many=many) as (puppet, target):
+        puppet.do("protect", "it", 0, PAGES, 3) if not many else None
+        target.refresh_layout(with_flags=True)
+        read = target.reader.read
+
+        def amid(**options):
+            puppet.do("protect", "it", 6, 1, 0)
+            try:
+                return read(**options)
+            finally:
+                puppet.do("protect", "it", 6, 1, 3)
+
+        with monkeypatch.context() as m:
+            m.setattr(target.reader, "read", amid)
+            target.refresh_layout(with_flags=True, anew=True)
+        assert told(target.refresh_layout(with_flags=False)) == truth(puppet.pid)
+
+
+def test_a_look_ahead_does_not_mind_our_own_area():
+    with watched(many=True) as (puppet, target):
+        puppet.do("unmap", "it", 9, 1)  # a hole, where nothing can be joined with it
+        known = target.refresh_layout(with_flags=True)
+        target.prepare_look()
+        target.stop()
+        with target.injection() as inj:
+            inj.map_region(PAGE)
+            assert maps(puppet.pid) != target.reader.text
+            target.look_ahead()
+            assert target.looking
+            target.snapshots._ahead._thread.join(10)
+        take, looks = target.snapshots.take, []
+        target.snapshots.take = lambda: looks.append(1) or take()
+        assert target.refresh_layout(with_flags=False) is known
+        assert len(looks) == 1
+        target.let_run()
+
+
+def test_what_was_begun_in_a_stop_tells_nothing_of_the_next():
+    with watched(many=True) as (puppet, target):
+        target.prepare_look()
+        target.stop()
+        target.look_ahead()
+        target.let_run()
+        puppet.do("protect", "it", 0, 2, 0)
+        target.stop()
+        assert not target.looking
+        assert told(target.refresh_layout(with_flags=False)) == truth(puppet.pid)
+
+
+def test_few_mappings_are_asked_for_one_by_one():
+    with watched(many=False) as (puppet, _):
+        snapshots = VmaSnapshots(puppet.pid)
+        assert snapshots.take() == packed(maps(puppet.pid))
+        assert not snapshots.many
+        puppet.do("comb", "it", 0, PAGES)
+        assert snapshots.take() == maps(puppet.pid)
+        assert snapshots.many
+        snapshots.close()
+
+
+def test_names_that_look_like_ends_of_lines(tmp_path):
+    path = tmp_path / "a\rb\x85c\u2028d\ne\x0bf \x1cg"
+    path.write_bytes(bytes(PAGE))
+    with watched(many=False) as (puppet, target):
+        puppet.do("map", "file", 1, "file", str(path))
+        layout = target.refresh_layout(with_flags=True)
+        assert [v.kind for v in layout if v.path == str(path)] == [Kind.FILE]
+        assert [v.path for v in LayoutReader(puppet.pid).read(with_flags=False) if v.path == str(path)]
+
+
+def test_only_mappings_that_hold_lazy_pages_are_registered():
+    def vma(start: int, end: int, prot: int = 3, kind: Kind = Kind.ANON, **more) -> Vma:
+        return Vma(start * PAGE, end * PAGE, kind, prot, **more)
+
+    def areas(layout: Layout, *pages: int):
+        lazy = RangeSet.of((p * PAGE, (p + 1) * PAGE) for p in pages)
+        return [(s // PAGE, e // PAGE) for s, e in lazy_areas(layout, lazy)]
+
+    comb = Layout(
+        [vma(0, 4), vma(4, 5, 1), vma(5, 6), vma(6, 7, 1), vma(7, 9, flags=frozenset({"lo"})), vma(9, 10)]
+    )
+    assert areas(comb, 1, 9) == [(0, 4), (9, 10)]
+    assert areas(comb, 3, 4) == [(0, 5)]
+    # A mapping that grew while it was watched is known in pieces, maybe with flags that only one of them has.
+    grown = Layout([vma(0, 4, flags=frozenset({"hg"})), vma(4, 8), vma(8, 9, kind=Kind.STACK), vma(10, 12)])
+    assert areas(grown, 5) == [(0, 8)]
+    assert areas(grown, 8) == [(8, 9)]
+    assert areas(grown, 11) == [(10, 12)]
+
+
+def test_a_layout_does_not_differ_from_itself():
+    layout = Layout([Vma(PAGE, 3 * PAGE, Kind.ANON, 3)])
+    assert not diff(layout, layout)
+    assert diff(layout, layout, RangeSet.span(PAGE, 2 * PAGE)).map
