@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lazymig.kernel.pagemap import VmaSnapshots, packed
 from lazymig.kernel.ranges import PAGE, RangeSet
 from lazymig.migrate.parts import lazy_areas
 from lazymig.migrate.target import Target
-from lazymig.process.vmas import Kind, Layout, LayoutReader, Vma, diff, read_layout
+from lazymig.process.vmas import Kind, Layout, LayoutReader, Vma, apply, check_diff, diff, read_layout
 
 PAGES = 1400  # as a comb more VMAs than are asked for one by one
 
@@ -95,8 +96,7 @@ def test_every_look_tells_the_truth(many, script):
 @pytest.mark.parametrize("many", [False, True])
 def test_what_changes_amid_a_look_and_back_again_is_seen(many, monkeypatch):
     with watched(many=many) as (puppet, target):
-        puppet.do("protect", "it", 0, PAGES, 3) if not many else None
-        target.refresh_layout(with_flags=True)
+        was = 1 if many else 3  # of this page
         read = target.reader.read
 
         def amid(**options):
@@ -104,7 +104,7 @@ def test_what_changes_amid_a_look_and_back_again_is_seen(many, monkeypatch):
             try:
                 return read(**options)
             finally:
-                puppet.do("protect", "it", 6, 1, 3)
+                puppet.do("protect", "it", 6, 1, was)
 
         with monkeypatch.context() as m:
             m.setattr(target.reader, "read", amid)
@@ -182,6 +182,61 @@ def test_only_mappings_that_hold_lazy_pages_are_registered():
     assert areas(grown, 5) == [(0, 8)]
     assert areas(grown, 8) == [(8, 9)]
     assert areas(grown, 11) == [(10, 12)]
+
+
+def pieces(limit: int):
+    """VMAs of a few kinds, anywhere below so many pages."""
+
+    def build(spec) -> list[Vma]:
+        found, at = [], 0
+        for gap, size, kind, prot in spec:
+            at += gap
+            if at + size > limit:
+                break
+            found.append(Vma(at * PAGE, (at + size) * PAGE, kind, prot))
+            at += size
+        return found
+
+    kinds = st.sampled_from([Kind.ANON, Kind.STACK, Kind.FILE])
+    return st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 4), kinds, st.sampled_from([1, 3])), max_size=12
+    ).map(build)
+
+
+def as_pages(layout) -> dict[int, tuple]:
+    return {p: (v.kind, v.prot) for v in layout for p in range(v.start // PAGE, v.end // PAGE)}
+
+
+@given(pieces(30), pieces(30), st.integers(0, 12), st.integers(0, 12))
+def test_a_layout_made_from_another_is_like_one_made_anew(some, others, head, tail):
+    """Of what is at both ends the same, and of sets that the other has worked out, use is made."""
+
+    def writable(v: Vma) -> bool:
+        return v.prot == 3
+
+    old = Layout(some)
+    old.where(writable)
+    old.ranges(Kind.ANON)
+    kept = [*some[:head], *some[max(head, len(some) - tail) :]] if tail else some[:head]
+    free = RangeSet.span(0, 30 * PAGE) - RangeSet.of((v.start, v.end) for v in kept)
+    now = sorted(
+        [*kept, *(v for v in others if free.covers(RangeSet.span(v.start, v.end)))], key=lambda v: v.start
+    )
+    made, anew = Layout(now, old), Layout(now)
+    assert made.vmas == anew.vmas
+    for layout in (made, Layout(made.vmas, made)):
+        assert layout.where(writable) == anew.where(writable)
+        assert layout.ranges(Kind.ANON) == anew.ranges(Kind.ANON)
+        assert layout.ranges() == anew.ranges()
+        assert layout.find(5 * PAGE) == anew.find(5 * PAGE)
+    d = diff(old, made)
+    check_diff(old, d)
+    applied = apply(old, d)
+    assert as_pages(applied) == as_pages(made)
+    assert applied.where(writable) == anew.where(writable)
+    assert not diff(applied, made)
+    strangers = Layout([replace(v) for v in made]), RangeSet.of((v.start, v.end) for v in others)
+    assert diff(old, made, strangers[1]) == diff(old, *strangers)
 
 
 def test_a_layout_does_not_differ_from_itself():

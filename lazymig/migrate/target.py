@@ -323,7 +323,7 @@ class Target:
                 shared=layout.ranges(*SHARED_MEMORY),
                 vmas=Spans.of([(v.start, v.end) for v in layout if v.copied]),
             )
-            self._shared_vmas = [v for v in layout if v.shared_memory]
+            self._shared_vmas = [v for v in layout if v.shared_memory] if self._mapped.shared else []
         self._mapped.used = self.extents.used(self._shared_vmas) if self._mapped.shared else RangeSet()
         return self._mapped
 

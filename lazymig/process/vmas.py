@@ -9,16 +9,18 @@ from __future__ import annotations
 import enum
 import os
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from lazymig.errors import LazymigError, ProcessGoneError, ProtocolError, unsound
 from lazymig.kernel.ranges import RangeSet
 
 T = TypeVar("T")
+_start = attrgetter("start")
 
 MAX_VMAS = 1 << 17  # of one process; the kernel allows 65530 unless told otherwise (sysctl vm.max_map_count)
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
@@ -42,6 +44,7 @@ class Kind(enum.IntEnum):
 
 PRIVATE_ANON = (Kind.ANON, Kind.STACK)
 SHARED_MEMORY = (Kind.SHM, Kind.MEMFD)
+COPIED = (Kind.ANON, Kind.STACK, Kind.FILE, Kind.SHM, Kind.MEMFD)
 
 # VmFlags of /proc/PID/smaps (Documentation/filesystems/proc.rst) that a layout carries.
 CARRIED_FLAGS = frozenset(
@@ -95,7 +98,7 @@ class Vma:
     @property
     def copied(self) -> bool:
         """Whether it can hold pages that must travel."""
-        return self.kind in (Kind.ANON, Kind.STACK, Kind.FILE, Kind.SHM, Kind.MEMFD)
+        return self.kind in COPIED
 
     @property
     def plain_access(self) -> bool:
@@ -162,12 +165,14 @@ class Vma:
 class Layout:
     """A process's VMAs at one moment, sorted by address. Never changed once made."""
 
-    __slots__ = ("_found", "_starts", "vmas")
+    __slots__ = ("_base", "_found", "_starts", "vmas")
 
-    def __init__(self, vmas: Iterable[Vma]) -> None:
-        self.vmas = sorted(vmas, key=lambda v: v.start)
-        self._starts = [v.start for v in self.vmas]
+    def __init__(self, vmas: Iterable[Vma], base: Layout | None = None) -> None:
+        """``base`` is an earlier one, of which most is unchanged: then sets that it has need not be made anew."""
+        self.vmas = sorted(vmas, key=_start)
+        self._starts = list(map(_start, self.vmas))
         self._found: dict[object, Any] = {}
+        self._base = _Base(base, self.vmas) if base is not None else None
 
     def __iter__(self) -> Iterator[Vma]:
         return iter(self.vmas)
@@ -187,10 +192,16 @@ class Layout:
     def where(self, choose: Callable[[Vma], bool], key: object = None) -> RangeSet:
         """The addresses of the VMAs that ``choose`` takes; worked out once for each ``key`` (default: ``choose``)."""
 
-        def work(layout: Layout) -> RangeSet:
-            return RangeSet.of((v.start, v.end) for v in layout.vmas if choose(v))
+        key = choose if key is None else key
 
-        return self.once(work, choose if key is None else key)
+        def work(layout: Layout) -> RangeSet:
+            base = layout._base
+            before = base.found.get(key) if base is not None else None
+            if base is None or before is None:
+                return RangeSet.of((v.start, v.end) for v in layout.vmas if choose(v))
+            return (before - base.changed) | RangeSet.of((v.start, v.end) for v in base.new if choose(v))
+
+        return self.once(work, key)
 
     def once(self, work: Callable[[Layout], T], key: object = None) -> T:
         """What ``work`` makes of it, worked out once for each ``key`` (default: ``work``).
@@ -219,6 +230,30 @@ class Layout:
             if a.end > b.start:
                 raise ProtocolError("VMAs overlap", subject=f"vma {b.start:#x}-{b.end:#x}")
         return layout
+
+
+class _Base:
+    """What an earlier layout has worked out, and where a later one differs from it."""
+
+    __slots__ = ("changed", "found", "new")
+
+    def __init__(self, old: Layout, vmas: list[Vma]) -> None:
+        self.found = old._found
+        head, tail = _unchanged(old.vmas, vmas)
+        self.new = vmas[head : len(vmas) - tail]
+        both = [*old.vmas[head : len(old.vmas) - tail], *self.new]
+        self.changed = RangeSet.of((v.start, v.end) for v in both)
+
+
+def _unchanged(old: Sequence[Vma], new: Sequence[Vma]) -> tuple[int, int]:
+    """How many VMAs at the beginning and at the end are the very same objects."""
+    head, most = 0, min(len(old), len(new))
+    while head < most and old[head] is new[head]:
+        head += 1
+    tail = 0
+    while tail < most - head and old[-1 - tail] is new[-1 - tail]:
+        tail += 1
+    return head, tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +295,13 @@ def diff(old: Layout, new: Layout, anew: RangeSet | None = None) -> LayoutDiff:
     anew = anew or RangeSet()
     if old is new and not anew:
         return LayoutDiff(RangeSet(), [], [])
-    edges = {x for layout in (old, new) for v in layout for x in (v.start, v.end)}
+    head, tail = _unchanged(old.vmas, new.vmas)
+    if anew:
+        head = min(head, max(0, bisect_left(new._starts, anew[0][0]) - 1))
+        tail = min(tail, len(new) - bisect_left(new._starts, anew[-1][1]))
+    edges = {
+        x for some in (old.vmas, new.vmas) for v in some[head : len(some) - tail] for x in (v.start, v.end)
+    }
     cuts = sorted(edges | {x for r in anew for x in r})
     unmap: list[tuple[int, int]] = []
     to_map: list[Vma] = []
@@ -301,10 +342,16 @@ def check_diff(old: Layout, d: LayoutDiff) -> None:
 def apply(old: Layout, d: LayoutDiff) -> Layout:
     """The layout after a difference: what the destination keeps."""
     gone = d.unmap | RangeSet.of((v.start, v.end) for v in [*d.map, *d.change])
-    kept = []
+    if not gone:
+        return old
+    kept: list[Vma] = []
+    low, high = gone[0][0], gone[-1][1]
     for v in old:
-        kept += [v.clip(s, e) for s, e in RangeSet.span(v.start, v.end) - gone]
-    return Layout([*kept, *d.map, *d.change])
+        if v.end <= low or v.start >= high:
+            kept.append(v)
+        else:
+            kept += [v.clip(s, e) for s, e in RangeSet.span(v.start, v.end) - gone]
+    return Layout([*kept, *d.map, *d.change], old)
 
 
 def _append(pieces: list[Vma], piece: Vma) -> None:
@@ -419,7 +466,7 @@ class LayoutReader:
         self._by_line = lines
         self.text = "\n".join([*lines, ""]).encode("utf-8", "surrogateescape")
         if found != self._last.vmas:
-            self._last = Layout(found)
+            self._last = Layout(found, self._last)
         return self._last
 
 
