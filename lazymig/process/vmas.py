@@ -196,7 +196,7 @@ class Layout:
 
         def work(layout: Layout) -> RangeSet:
             base = layout._base
-            before = base.found.get(key) if base is not None else None
+            before: RangeSet | None = base.found.get(key) if base is not None else None
             if base is None or before is None:
                 return RangeSet.of((v.start, v.end) for v in layout.vmas if choose(v))
             return (before - base.changed) | RangeSet.of((v.start, v.end) for v in base.new if choose(v))
