@@ -39,7 +39,7 @@ def measure(s: Scenario) -> Run:
         before = p.wire_bytes()
         make_room()
         naming = criu_part if s.tool == CRIU else lazymig_part
-        with Parts(p.source, p.destination, moving.pid, naming) as parts:
+        with Parts(p.source, p.destination, moving.pid, naming, seldom=True) as parts:
             run = _by_criu(p, s, moving, go) if s.tool == CRIU else _by_lazymig(p, s, moving, go)
             wait_until("every page was read", lambda: "TOUCHED" in out.read_text())
         figures = {**parts.figures(), "wire_mib": (p.wire_bytes() - before) / (1 << 20)}
