@@ -14,10 +14,16 @@
 #include "lazymig/uffd/fault_wire.h"
 #include "lazymig/uffd/lazy.h"
 
-/* Pages a push frame: few, as a page request waits for the CPU while they are read and sent. */
-#define PUSH_PAGES 32
-/* Bytes that wait in a bulk socket while pages are pushed: what follows a fault must not queue behind megabytes. */
-#define PUSH_QUEUE (256 << 10)
+/* Of a push: pages in a frame, as a page request waits for the CPU while they are read and sent; and bytes that may
+ * wait in the socket, as what follows a fault must not queue behind megabytes. */
+struct pace {
+	uint64_t pages;
+	int queue;
+};
+static const struct pace full = {32, 256 << 10};
+/* While pages are asked for. On a busy host all that is pushed in between is time that somebody waits. */
+static const struct pace gentle = {8, 64 << 10};
+#define GENTLE_NS 1000000ull /* after the last request */
 
 struct lm_source {
 	lm_target target;
@@ -25,6 +31,7 @@ struct lm_source {
 	_Atomic uint64_t *left; /* by page number: to be pushed */
 	_Atomic uint64_t *served;
 	_Atomic uint64_t hint; /* where to push next: behind the page that was asked for */
+	_Atomic uint64_t asked_ns; /* when a page was asked for last */
 	bool follow;
 	lm_flag stop;
 	_Atomic uint64_t requests, nserved, nserved_zero, pushed, skipped, nleft;
@@ -128,6 +135,7 @@ int lm_source_serve(lm_source *s, int sock)
 		    head.addr >= LM_ADDR_END || !lm_index_covers(&s->index, head.addr, head.npages))
 			return EPROTO;
 		s->requests++;
+		s->asked_ns = lm_now();
 		for (i = 0; i < head.npages; i++) {
 			uint64_t addr = head.addr + i * LM_PAGE;
 
@@ -161,14 +169,14 @@ void lm_source_want(lm_source *s, const lm_range *r, uint64_t n)
 	}
 }
 
-/* Claims up to PUSH_PAGES pages from *cursor on, around the end; returns the number of ranges. */
-static size_t claim(lm_source *s, uint64_t *cursor, lm_range *r)
+/* Claims up to `most` pages, at most LM_BATCH_PAGES, from *cursor on, around the end; returns the number of ranges. */
+static size_t claim(lm_source *s, uint64_t *cursor, uint64_t most, lm_range *r)
 {
 	uint64_t at = *cursor, end = s->index.pages, pages = 0, run;
 	bool wrapped = false;
 	size_t n = 0;
 
-	while (pages < PUSH_PAGES) {
+	while (pages < most) {
 		uint64_t page = lm_bits_next((const uint64_t *)s->left, at, end), addr;
 
 		if (page == end) {
@@ -198,16 +206,24 @@ static size_t claim(lm_source *s, uint64_t *cursor, lm_range *r)
 	return n;
 }
 
-_Static_assert(PUSH_PAGES <= LM_BATCH_PAGES, "a push frame is one batch");
+/* How fast to push now; tells the socket, too. */
+static const struct pace *pace_now(const lm_source *s, int sock, const struct pace *last)
+{
+	const struct pace *p = lm_now() - s->asked_ns < GENTLE_NS ? &gentle : &full;
+
+	if (p != last)
+		setsockopt(sock, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &p->queue, sizeof(p->queue));
+	return p;
+}
 
 int lm_source_push(lm_source *s, lm_bulk *b, uint32_t seq, uint32_t turn, uint32_t turns)
 {
 	uint64_t cursor = s->index.pages / turns * turn;
-	int queue = PUSH_QUEUE, err;
-	lm_range r[PUSH_PAGES];
+	const struct pace *pace = NULL;
+	lm_range r[LM_BATCH_PAGES];
 	size_t n;
+	int err;
 
-	setsockopt(b->sock, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &queue, sizeof(queue));
 	lm_bulk_begin(b, NULL, 0);
 	for (;;) {
 		uint64_t hint = atomic_exchange(&s->hint, LM_NO_PAGE);
@@ -215,7 +231,8 @@ int lm_source_push(lm_source *s, lm_bulk *b, uint32_t seq, uint32_t turn, uint32
 
 		if (hint < s->index.pages)
 			cursor = hint;
-		n = claim(s, &cursor, r);
+		pace = pace_now(s, b->sock, pace);
+		n = claim(s, &cursor, pace->pages, r);
 		if (!n)
 			break;
 		b->nskipped = 0;

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pages_peer import BASE, NATIVE, Peer, Sleeper, compile_c, libc, pending
 
+from lazymig.arch import SYS
 from lazymig.errors import (
     CancelledMigrationError,
     LazymigError,
@@ -458,6 +459,58 @@ async def test_what_lies_behind_the_needed_page_is_pushed_next(stack, program, p
             pushed = await trio.to_thread.run_sync(first_pages, bulk[1])
             nursery.start_soon(trio.to_thread.run_sync, drain, bulk[1])
     assert pushed > needed if prefetch else pushed < needed
+
+
+@pytest.mark.parametrize("asking", [True, False])
+async def test_little_is_pushed_at_once_while_pages_are_asked_for(stack, program, asking):
+    source = Peer(program, "source", BASE, 6000, 5)
+    stack.callback(source.close)
+    source.ready()
+    os.kill(source.pid, signal.SIGSTOP)
+    fault, bulk = connection(), connection()
+    for a, b in (fault, bulk):
+        stack.callback(a.close)
+        stack.callback(b.close)
+    every = pending(6000, 5)
+    last = list(every)[-1][1] - PAGE
+    pages = PageSource(source.pid, fault[0], [BulkSender(bulk[0], source.pid)], prefetch=False)
+    stack.callback(pages.close)
+    pages.start(every)
+
+    def sizes():
+        found = []
+        while True:
+            if asking:
+                fault[1].sendall(struct.pack("<QII", last, 1, 0))
+                zero = struct.unpack("<QII", exactly(fault[1], 16))[2]
+                exactly(fault[1], 0 if zero else PAGE)
+            kind, n, length, *_ = struct.unpack("<IIQIIQ", exactly(bulk[1], 32))
+            exactly(bulk[1], 16 * n + length)
+            if kind == 1:
+                found.append(length // PAGE)
+            if kind == 4:
+                return found
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pages.push, every)
+            found = await trio.to_thread.run_sync(sizes)
+    small = sum(n <= 8 for n in found)
+    assert small >= 10 if asking else small <= 2, found
+    assert pages.stats().left == 0
+    if asking:
+        # Who answers page requests goes before others, and need not wait for the end of a slice.
+        nice, slice_ns = scheduling(pages.thread_id)
+        assert nice == -15
+        assert slice_ns in (0, 100_000)  # 0: before Linux 6.12
+
+
+def scheduling(tid):
+    """A thread's nice value and time slice."""
+    attr = ctypes.create_string_buffer(48)
+    assert libc.syscall(SYS.sched_getattr, tid, attr, len(attr), 0) == 0
+    _, _, _, nice, _, slice_ns, _, _ = struct.unpack("<IIQiIQQQ", attr)
+    return nice, slice_ns
 
 
 def exactly(sock, n):

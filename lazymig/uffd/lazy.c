@@ -8,8 +8,8 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -373,10 +373,20 @@ static void read_replies(lm_lazy *z)
 
 void lm_be_quick(void)
 {
+	/* sched_setattr(2), for which the C library has no name. A running thread may end its slice before one that wakes
+	 * up has a turn, unless the slice of that one is shorter: this is the shortest (Linux 6.12; not looked at before).
+	 */
+	const struct {
+		uint32_t size, policy;
+		uint64_t flags;
+		int32_t nice;
+		uint32_t priority;
+		uint64_t slice_ns, deadline, period;
+	} attr = {.size = sizeof(attr), .policy = SCHED_OTHER, .nice = -15, .slice_ns = 100000};
+
 	/* Somebody waits for whatever the thread does, and it does little: it goes before threads that move bulk data.
-	 * Halves the stall on a busy host; without the right to it all works as well. For Linux a thread is a process
-	 * here (setpriority(2), "C library/kernel differences"). */
-	setpriority(PRIO_PROCESS, (id_t)gettid(), -15);
+	 * Halves the stall on a busy host; without the right to it all works as well. */
+	syscall(SYS_sched_setattr, 0, &attr, 0);
 }
 
 void lm_lazy_run(lm_lazy *z, uint64_t spin_ns)

@@ -68,5 +68,7 @@ void lm_lazy_unregister(lm_lazy *z);
 
 /* Puts the calling thread, which answers faults, before others. */
 void lm_be_quick(void);
+/* CLOCK_MONOTONIC, ns. */
+uint64_t lm_now(void);
 
 #endif

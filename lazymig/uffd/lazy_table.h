@@ -59,7 +59,6 @@ struct lm_lazy {
 	lm_lazy_stats stats;
 };
 
-uint64_t lm_now(void);
 void lm_lock_fault(lm_lazy *z);
 void lm_lock_bulk(lm_lazy *z);
 void lm_unlock_fault(lm_lazy *z);
