@@ -215,13 +215,14 @@ class Builder:
         self.memory.install_guards(captured.guards)
         self.memory.finish()
         self.restorer.apply_seals()
+        first = captured.threads[0]
+        limits = state.restore_limits(main, captured.process, pid=self.pid)
+        mine: list[Steps[None]] = [limits, r.main, restore_thread(main, first)]
         with unsound("a state"):
-            run_steps(main, state.restore_limits(main, captured.process, pid=self.pid))
-            run_steps(main, r.main)
-            first = restore_thread(main, captured.threads[0])
-            next(first)
+            for steps in mine:  # in this order: they raise limits with privileges that are given up then
+                next(steps)
             run_batches([main, *(b for b, _ in r.machine)])
-            run_all_steps([(main, [first]), *r.machine])
+            run_all_steps([(main, mine), *r.machine])
 
     def arm(self, lazy: RangeSet) -> None:
         """Makes ``lazy`` pages wait for `self.lazy`, which must be there, to bring them."""
@@ -236,9 +237,9 @@ class Builder:
 
     def seal(self, r: Restored) -> list[str]:
         """The last state, and registers: only `let_go` may follow. Returns all warnings."""
-        captured, main = r.captured, self.skeleton.main
-        warnings = r.warnings + run_steps(main, state.restore_last(main, captured.process))[0]
-        self.skeleton.remove_region()
+        captured = r.captured
+        last = state.restore_last(self.skeleton.main, captured.process)
+        warnings = r.warnings + self.skeleton.remove_region(last)
         for image in captured.threads:
             write_rseq_cs(self.pid, image.state)
         r.final.set()

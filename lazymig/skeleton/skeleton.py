@@ -15,11 +15,12 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from typing import TypeVar
 
 from lazymig.arch import SYS
 from lazymig.errors import LazymigError, ProcessGoneError, ProtocolError, SyscallError
 from lazymig.kernel import procfs, ptrace
-from lazymig.kernel.batch import Batch
+from lazymig.kernel.batch import Batch, Steps, run_steps
 from lazymig.kernel.ranges import RangeSet
 from lazymig.native import ffi, lib
 from lazymig.process.vmas import TASK_SIZE, Layout
@@ -27,6 +28,7 @@ from lazymig.skeleton import region as rg
 from lazymig.skeleton.keeper import Keeper, Listening
 from lazymig.skeleton.region import SharedRegion
 
+T = TypeVar("T")
 _OPTIONS = ptrace.O_EXITKILL | ptrace.O_TRACECLONE
 _HUSK_TIMEOUT_S = 5.0
 _WALL = 0x40000000  # waitpid(2): also for threads
@@ -302,13 +304,19 @@ class Skeleton:
 
     # ---- the end
 
-    def remove_region(self) -> None:
-        """Unmaps the shared region and closes the courier: after this only registers can be set."""
-        self.run(("close", SYS.close, self._courier_at))
+    def remove_region(self, last: Steps[T]) -> T:
+        """Makes the ``last`` calls, closes the courier and unmaps the region: after this only registers can be set."""
+        result: T = run_steps(self.main, last, self._close_courier())[0]
         gadget = self.region.code + rg.SYSCALL_OFFSET
         ret = ptrace.step_syscall(self.pid, self.base_regs, gadget, SYS.munmap, self.region.base, rg.SIZE)
         if ret < 0:
             raise SyscallError("munmap", -ret, subject=f"pid {self.pid}")
+        return result
+
+    def _close_courier(self) -> Steps[None]:
+        c = self.main.call(SYS.close, self._courier_at)
+        yield
+        c.check("close", f"pid {self.pid}")
 
     def lost(self) -> LazymigError | None:
         """That the keeper or the husk was killed, if so."""
