@@ -19,12 +19,13 @@ from lazymig.migrate import frames
 from lazymig.migrate.frames import MAX_THREADS
 from lazymig.migrate.parts import guarded
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
-from lazymig.process import signals, state, twins
+from lazymig.process import calls, signals, state, twins
 from lazymig.process.threads import ThreadImage, dump_xcomp
 from lazymig.process.vmas import Kind
 
 _MAX_PENDING = 1 << 17
 _P_ALL = 0  # waitid(2)
+_PR_SET_PDEATHSIG = 1
 _WAIT_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT | 0x40000000  # __WALL
 
 
@@ -118,21 +119,40 @@ def _read(target: Target, inj: Injection) -> tuple[list[twins.Dumped], list[Any]
     return twins.dump(batches, target.stopped.threads, pid, more)
 
 
-def rehearse() -> None:
-    """Captures a child of our own once: what runs for the first time in the freeze takes half as long again."""
-    child = os.fork()
-    if child == 0:
-        while True:
-            signal.pause()
-    target = Target(child)
-    try:
-        target.stop()
-        with capture(target):
-            pass
-    finally:
-        target.close()
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+class Rehearsal:
+    """Captures a child of our own, again and again: what the caches do not hold takes twice as long in the freeze."""
+
+    _target: Target | None = None
+
+    def play(self) -> None:
+        """Stops the child, reads its state and lets it run."""
+        if self._target is None:
+            child = os.fork()
+            if child == 0:
+                _wait_for_the_end()
+            self._target = Target(child)
+        self._target.stop()
+        try:
+            with capture(self._target):
+                pass
+        finally:
+            self._target.let_run()
+
+    def close(self) -> None:
+        """Ends the child, if there is one."""
+        target, self._target = self._target, None
+        if target is not None:
+            target.close()
+            os.kill(target.pid, signal.SIGKILL)
+            os.waitpid(target.pid, 0)
+
+
+def _wait_for_the_end() -> None:
+    """A child's part: it dies with its parent, and keeps none of its connections open."""
+    calls.syscall(SYS.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    calls.syscall(SYS.close_range, 0, (1 << 32) - 1, 0)
+    while True:
+        signal.pause()
 
 
 def _guards(target: Target) -> RangeSet:

@@ -213,9 +213,9 @@ class DestinationMigration:
                 await self.control.send({"t": "parent-done"})
             elif frame["t"] == "drop":
                 self._built.drop(RangeSet.from_bytes(attachment))
-                if not rehearsed and not frame.get("last"):
+                if not rehearsed or frame.get("last"):
                     # Once more: the rounds' pages have washed its code and data out of the caches. Before the answer,
-                    # while the source does the same: the last drop and the freeze may follow at once.
+                    # for which the source waits, and rehearses too.
                     self._built.rehearse()
                     rehearsed = True
                 await self.control.send({"t": "dropped"})

@@ -30,7 +30,7 @@ from lazymig.kernel.ranges import RangeSet
 from lazymig.migrate import frames, registry, resume
 from lazymig.migrate import offer as offers
 from lazymig.migrate.brake import Brake
-from lazymig.migrate.capture import Capture, capture, rehearse
+from lazymig.migrate.capture import Capture, Rehearsal, capture
 from lazymig.migrate.channel import PATIENCE_S
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
@@ -86,7 +86,7 @@ class SourceMigration:
         self._lazy = RangeSet()  # punched at the destination: content only here
         self._anew = RangeSet()  # mapped anew since the last layout that was sent
         self._owed = RangeSet()  # could not be read when their turn came, e.g. for a mprotect in between
-        self._last_drop = False  # one is on its way, whose answer nobody has waited for
+        self._rehearsal = Rehearsal()
         self._punched = RangeSet()  # of those, what the destination has dropped already
         self._gone = RangeSet()  # to be dropped there with the freeze's scan
         self._seq = 0
@@ -127,6 +127,7 @@ class SourceMigration:
                 raise
             raise cause from e
         finally:
+            self._rehearsal.close()
             if self.entry is not None and (not self._handed_over or self.machine.state is Source.DONE):
                 self.entry.remove()
             elif self.entry is not None:
@@ -198,7 +199,7 @@ class SourceMigration:
             return {"event": "done", "dry_run": True, "pid": self.options.pid}
         await self.links.open_data(self.options)
         self.entry = resume.note(self.options, self.links)
-        rehearse()
+        self._rehearsal.play()
         self.senders = make_senders(self.options, self.links)
         if self.options.mode in (Mode.HYBRID, Mode.PRECOPY):
             self.machine.to(Source.TRACK)
@@ -358,16 +359,18 @@ class SourceMigration:
             await self.links.control.send({"t": "drop"}, pages.to_bytes())
             if len(self.policy.punched) == 1:
                 beside(self.options.pid)  # from here on: the caches that are warmed now are this processor's
-                rehearse()  # once more: the rounds' pages have washed its code and data out of the caches
+                self._rehearsal.play()  # once more: the rounds' pages have washed its code and data out of the caches
             await self.links.control.expect("dropped", within=PATIENCE_S)
 
     async def _drop_last(self, pages: RangeSet, gone: RangeSet) -> None:
-        """Has the pages of the last scan dropped while this host stops the process: nobody waits for the answer."""
+        """Has the pages of the last scan dropped; both sides rehearse what comes next, to have it in their caches."""
         lazy = pages & lazy_capable(self.target.layout, self.options.mode)
         await self.links.control.send({"t": "drop", "last": True}, ((lazy - self._punched) | gone).to_bytes())
         self._punched = self._punched | lazy
         self._gone = RangeSet()
-        self._last_drop = True
+        beside(self.options.pid)
+        self._rehearsal.play()
+        await self.links.control.expect("dropped", within=PATIENCE_S)
 
     def _record(self, action: Action, pages: int, started: float) -> None:
         r = self.policy.record(action, pages, (time.monotonic() - started) * 1e3)
@@ -435,8 +438,6 @@ class SourceMigration:
             self.options.pid, self.links.fault, self.senders, prefetch=self.options.prefetch
         )
         self.pages.start(lazy)
-        if self._last_drop:
-            self.links.control.expect_now("dropped")
         late = self.target.late_signals(captured.pending[0])
         ready, _ = self.links.control.expect_now("ready")
         step("prepare")
@@ -445,6 +446,7 @@ class SourceMigration:
         downtime = (t[-1] - t[0]) * 1e3 - self.links.round_trip_ms / 2
         anywhere()
         give_way(None)
+        self._rehearsal.close()
         # Told only now: who shows it would compete for a processor with the freeze itself.
         self.emit({"event": "freeze"})
         self.emit({"event": "commit"})
