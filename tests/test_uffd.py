@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import struct
 import threading
@@ -216,6 +217,27 @@ async def test_a_lost_connection_means_waiting_not_zeroes(target):
     theirs.close()
     serve(t.source, seed, 1)
     assert t.peer.sock.recv(1) == b"1"
+    chaos = Chaos(t, pages, seed)
+    t.peer.go()
+    await finish(t, chaos)
+
+
+async def test_a_thread_that_a_signal_takes_from_its_page_waits_once(target):
+    seed, pages = 5, 256
+    asked = [pages // 2, pages // 4]  # by the program, and by its handler
+    assert [kind(p, seed) for p in asked] == [2, 2]
+    t = target(pages, seed, "wait")
+    start = time.monotonic_ns()
+    t.peer.go()
+    assert t.source.recv(16) == struct.pack("<QII", BASE + asked[0] * PAGE, 1, 0)
+    os.kill(t.peer.pid, signal.SIGUSR1)
+    assert t.source.recv(16) == struct.pack("<QII", BASE + asked[1] * PAGE, 1, 0)
+    assert t.peer.quiet(0.3)
+    for page in reversed(asked):
+        t.source.sendall(struct.pack("<QII", BASE + page * PAGE, 1, 0) + content(page, seed))
+    assert t.peer.sock.recv(1) == b"1"
+    stats = t.lazy.stats()
+    assert 300_000_000 <= stats.stall_ns <= time.monotonic_ns() - start, "one thread, in one place at a time"
     chaos = Chaos(t, pages, seed)
     t.peer.go()
     await finish(t, chaos)

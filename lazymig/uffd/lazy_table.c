@@ -336,10 +336,19 @@ void lm_space_fault(lm_lazy *z, lm_space *s, uint64_t dst, uint32_t tid, uint64_
 		zero_fault(z, s, dst, tid, since);
 		return;
 	}
-	/* A signal makes a thread fault again on the page it already waits for. */
-	for (i = 0; tid && i < z->waiting.n; i++)
-		if (z->waiting.w[i].tid == tid && z->waiting.w[i].space == s && z->waiting.w[i].dst == dst)
+	/* A signal makes a thread fault again on the page it already waits for, or first on what its handler needs: then it
+	 * waits for the other page, which stays asked for, no longer. */
+	for (i = 0; tid && i < z->waiting.n; i++) {
+		lm_waiter *w = &z->waiting.w[i];
+
+		if (w->tid != tid || w->space != s)
+			continue;
+		if (w->dst == dst)
 			return;
+		account(z, w->since, since);
+		*w = z->waiting.w[--z->waiting.n];
+		break;
+	}
 	z->stats.faults++;
 	add_waiter(z, &z->waiting, (lm_waiter){s, dst, page, since, tid});
 	if (!lm_bit(z->asked, page)) {

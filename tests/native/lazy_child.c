@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -243,6 +244,12 @@ static void *forks(void *arg)
 	return NULL;
 }
 
+static void interrupted(int number)
+{
+	(void)number;
+	check(at(pages / 4), pages / 4, "in a handler");
+}
+
 static void run(int sock, const char *mode)
 {
 	static void *(*const chaos[])(void *) = {remap, discard, unmap, forks};
@@ -251,6 +258,7 @@ static void run(int sock, const char *mode)
 	uint64_t page;
 	char byte;
 
+	signal(SIGUSR1, interrupted);
 	if (!strcmp(mode, "chaos")) {
 		for (i = 0; i < 4; i++)
 			pthread_create(&thread[i], NULL, touch, (void *)i);
