@@ -133,7 +133,7 @@ class ResumedMigration:
             serving = Serving(options, links, machine, lazy, self.emit)
             serving.entry = entry
             try:
-                done = await serving.run(None)
+                done = await serving.run(None, "the engine before has ended")
             except AbandonedError as e:
                 if e.wake:
                     self.emit({"event": "woken"})

@@ -74,12 +74,15 @@ class Serving:
         self.pauses = 0
         self.entry: Entry | None = None  # kept up to date, when there is one
 
-    async def run(self, pages: PageSource | None) -> frames.Done:
-        """Returns the destination's ``done`` frame. ``pages`` serves already; None: the connection is lost."""
+    async def run(
+        self, pages: PageSource | None, why: str = "the answer to the commit was lost"
+    ) -> frames.Done:
+        """Returns the destination's ``done`` frame.
+
+        ``pages`` serves already. None: there is no connection, and ``why`` says for what reason.
+        """
         pending = self._lazy
-        lost: LazymigError = PeerLostError(
-            "the answer to the commit was lost", subject=self._links.control.peer
-        )
+        lost: LazymigError = PeerLostError(why, subject=self._links.control.peer)
         self._noted(total=self._left)
         while True:
             if pages is not None:
