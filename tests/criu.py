@@ -5,7 +5,6 @@ Use the fixture ``criu``, and ``lazy_pipes`` for whatever runs ``criu dump --laz
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 
@@ -13,25 +12,19 @@ import pytest
 from _pytest.outcomes import skip
 
 from bench.criu_package import VERSION, Criu, CriuMissingError, Inside, install, unlimited_pipes, writer
+from bench.peers import own_errors
 from lazymig.demo.writer import Report, Writer
 
 __all__ = ["VERSION", "Criu", "Inside", "criu", "lazy_pipes", "sound", "writer"]
 
 
 def sound(program: Writer, seconds: float = 0.1) -> Report:
-    """Asserts that a writer that CRIU restored finds nothing wrong with it, and goes on working.
-
-    A writer tells, rightly, of two things that CRIU does not restore: a sleep ends with EINTR where the kernel
-    would have gone on with it, and threads may run on all processors. (Its forked children say so too.)
-    """
-    known = re.compile(
-        r"a sleep was interrupted by nothing$|^a forked child ended with status 100$|^thread \d+: was «name"
-    )
+    """Asserts that a writer that CRIU restored finds nothing wrong with it, and goes on working."""
     first = program.report()
     time.sleep(seconds)
     last = program.report()
     for report in (first, last):
-        errors = [e for e in report.errors if not known.search(e)]
+        errors = own_errors(report)
         assert (errors, report.bad_pages) == ([], 0), "; ".join(errors)
     assert last.ticks > first.ticks
     return last

@@ -154,6 +154,15 @@ def test_few_mappings_are_asked_for_one_by_one():
         snapshots.close()
 
 
+def test_mappings_that_are_told_of_twice_are_taken_as_they_were_told_of_last():
+    lines = ("1000-5000 rw-p", "3000-8000 r--p", "9000-a000 rw-p", "9000-c000 rw-p", "b000-d000 rw-p")
+    torn = "".join(f"{line} 00000000 00:00 0 \n" for line in lines).encode()
+    found = LayoutReader(1).read(with_flags=False, text=torn)
+    told = [(v.start, v.end, v.prot) for v in found]
+    assert told == [(0x1000, 0x3000, 3), (0x3000, 0x8000, 1), (0x9000, 0xB000, 3), (0xB000, 0xD000, 3)]
+    assert found.ranges().pages == 0xB
+
+
 def test_names_that_look_like_ends_of_lines(tmp_path):
     path = tmp_path / "a\rb\x85c\u2028d\ne\x0bf \x1cg"
     path.write_bytes(bytes(PAGE))

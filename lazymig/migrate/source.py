@@ -189,7 +189,7 @@ class SourceMigration:
         for note in offer.notes:
             self.emit({"event": "warning", "text": note})
         self.links = await connect(self.options)
-        self.files = FileSender(self._send_file)
+        self.files = FileSender(lambda head, data: self.links.control.send({"t": "file", "head": head}, data))
         await self.links.control.send(offer.to_wire())
         await self._accepted(offer)
         self.emit({"event": "preflight", "ok": True, "pid": self.options.pid, "files": len(offer.files)})
@@ -224,9 +224,6 @@ class SourceMigration:
         for note in frames.texts(frame, "notes"):
             self.emit({"event": "warning", "text": note})
 
-    async def _send_file(self, head: dict[str, object], data: bytes) -> None:
-        await self.links.control.send({"t": "file", "head": head}, data)
-
     # ---- pre-copy
 
     async def _rounds(self) -> None:
@@ -245,7 +242,7 @@ class SourceMigration:
                     self.target.mapped(), self.target.paused, quick=not look_again, late=late
                 )
             except (SyscallError, ProcessGoneError) as e:
-                if not self._exec_happened(e):
+                if not self.target.executed(e):
                     raise
                 self.emit({"event": "warning", "text": "it executed another program: starting over"})
                 self.target.replant_tracker()
@@ -295,11 +292,6 @@ class SourceMigration:
             await self.links.control.expect("parent-done", within=PATIENCE_S + same.size / 1e7)
             self.emit({"event": "parent", "pages": same.pages, "dir": str(parent.directory)})
         return same
-
-    def _exec_happened(self, e: LazymigError) -> bool:
-        """Whether the tracked address space ended while the process lives on."""
-        gone = isinstance(e, ProcessGoneError) or (isinstance(e, SyscallError) and e.errno == 3)
-        return gone and os.path.exists(f"/proc/{self.options.pid}/exe") and self.target.alive()
 
     async def _send_layout(self) -> None:
         warm(self.target.layout, self.options.mode)

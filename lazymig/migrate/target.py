@@ -112,6 +112,11 @@ class Target:
         except FileNotFoundError:
             return False
 
+    def executed(self, e: LazymigError) -> bool:
+        """Whether this failure means that its address space has ended while it lives on, with another program."""
+        gone = isinstance(e, ProcessGoneError) or (isinstance(e, SyscallError) and e.errno == errno.ESRCH)
+        return gone and os.path.exists(f"/proc/{self.pid}/exe") and self.alive()
+
     def children(self) -> list[int]:
         """Its children, of whichever thread."""
         found: list[int] = []

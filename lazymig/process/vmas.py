@@ -460,7 +460,7 @@ class LayoutReader:
                 vma = _parse_line(line, frozenset(flags.split()))
                 known = (flags, vma if with_flags else _with_known_flags(vma, self._last))
             lines[line] = known
-        found = [v for _, v in lines.values() if v.kind is not Kind.VSYSCALL]
+        found = _disjoint([v for _, v in lines.values() if v.kind is not Kind.VSYSCALL])
         if not found:
             raise ProcessGoneError("it has no memory any more", subject=f"pid {self.pid}")
         self._by_line = lines
@@ -468,6 +468,20 @@ class LayoutReader:
         if found != self._last.vmas:
             self._last = Layout(found, self._last)
         return self._last
+
+
+def _disjoint(vmas: list[Vma]) -> list[Vma]:
+    """Of mappings that changed amid the look, so that they were told of twice, what was told later."""
+    if all(a.end <= b.start for a, b in pairwise(vmas)):
+        return vmas
+    kept: list[Vma] = []
+    for v in vmas:
+        while kept and kept[-1].start >= v.start:
+            kept.pop()
+        if kept and kept[-1].end > v.start:
+            kept[-1] = kept[-1].clip(kept[-1].start, v.start)
+        kept.append(v)
+    return kept
 
 
 def _read_text(pid: int, name: str) -> bytes:
