@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -36,13 +37,35 @@ def tell_status(fd: int | None) -> None:
 
 
 def run(work: Callable[[], Coroutine[object, object, T]]) -> T:
-    """trio.run; an interrupt by the keyboard is one also when it came amid several tasks."""
-    try:
-        return trio.run(work)
-    except BaseExceptionGroup as e:
-        if e.subgroup(KeyboardInterrupt) is not None:
-            raise KeyboardInterrupt from e
-        raise
+    """trio.run. An interrupt by the keyboard cancels what waits, and is raised at the end.
+
+    Python itself would raise it wherever it just is, and loses it in a place that may not fail.
+    """
+    interrupted = False
+
+    async def watch(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        nonlocal interrupted
+        async for _ in signals:
+            interrupted = True
+            scope.cancel()
+
+    async def main() -> T:
+        done, failed = list[T](), list[Exception]()
+        with trio.open_signal_receiver(signal.SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch, signals, nursery.cancel_scope)
+                try:
+                    done.append(await work())
+                except Exception as e:
+                    failed.append(e)  # not raised within the nursery, which would wrap it up
+                nursery.cancel_scope.cancel()
+        if interrupted:
+            raise KeyboardInterrupt
+        if failed:
+            raise failed[0]
+        return done[0]
+
+    return trio.run(main)
 
 
 async def _serve(options: PageServerOptions, emit: Emit) -> SessionStats:
