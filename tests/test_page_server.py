@@ -436,9 +436,9 @@ async def test_post_copy_on_demand_only(stack, program):
     assert p.lazy.stats().duplicates == 0
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
-async def test_what_lies_behind_the_needed_page_is_pushed_next(stack, program, prefetch):
-    source = Peer(program, "source", BASE, 600, 5)
+def stopped_source(stack, program, pages):
+    """A process whose pages are to be served, and both ends of its fault and its bulk connection."""
+    source = Peer(program, "source", BASE, pages, 5)
     stack.callback(source.close)
     source.ready()
     os.kill(source.pid, signal.SIGSTOP)
@@ -446,6 +446,12 @@ async def test_what_lies_behind_the_needed_page_is_pushed_next(stack, program, p
     for a, b in (fault, bulk):
         stack.callback(a.close)
         stack.callback(b.close)
+    return source, fault, bulk
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+async def test_what_lies_behind_the_needed_page_is_pushed_next(stack, program, prefetch):
+    source, fault, bulk = stopped_source(stack, program, 600)
     wanted = [start for start, _ in pending(600, 5)]
     needed = wanted[len(wanted) // 2]
     pages = PageSource(source.pid, fault[0], [BulkSender(bulk[0], source.pid)], prefetch=prefetch)
@@ -463,14 +469,7 @@ async def test_what_lies_behind_the_needed_page_is_pushed_next(stack, program, p
 
 @pytest.mark.parametrize("asking", [True, False])
 async def test_little_is_pushed_at_once_while_pages_are_asked_for(stack, program, asking):
-    source = Peer(program, "source", BASE, 6000, 5)
-    stack.callback(source.close)
-    source.ready()
-    os.kill(source.pid, signal.SIGSTOP)
-    fault, bulk = connection(), connection()
-    for a, b in (fault, bulk):
-        stack.callback(a.close)
-        stack.callback(b.close)
+    source, fault, bulk = stopped_source(stack, program, 6000)
     every = pending(6000, 5)
     last = list(every)[-1][1] - PAGE
     pages = PageSource(source.pid, fault[0], [BulkSender(bulk[0], source.pid)], prefetch=False)
