@@ -18,6 +18,7 @@ from harness import PROGRAMS, wait_for
 
 import lazymig.migrate.predump  # noqa: F401 - here, so that not every fork does it
 from lazymig.cli import main
+from lazymig.demo.hosts import Host
 from lazymig.kernel.ranges import PAGE, RangeSet
 from lazymig.migrate.target import Target
 from page_server.layers import LayerReader
@@ -161,14 +162,20 @@ def judge(pid: int, directory: Path) -> RangeSet:
     return layer.present
 
 
-def holders(pid: int) -> list[int]:
-    """The holders of a process, by the directory that they are told."""
-    found = []
-    for entry in Path("/proc").iterdir():
+def holders(pid: int, host: Host | None = None) -> list[int]:
+    """The holders of a process, by the directory that they are told; on this machine, or on an isolated ``host``.
+
+    Not those of another host, where the number is another process's.
+    """
+    proc = host.proc if host else Path("/proc")
+    found, here = [], os.readlink(proc / ("1" if host else "self") / "ns/pid")
+    for entry in proc.iterdir():
         if not entry.name.isdigit():
             continue
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
+            if os.readlink(entry / "ns/pid") != here:
+                continue
         except OSError:
             continue
         if words[0].endswith(b"/track/holder") and f"-{pid}-".encode() in words[-2]:

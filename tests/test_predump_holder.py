@@ -309,7 +309,7 @@ def test_a_move_takes_the_tracker_along(pair):
     last = str(pair.tmp / "1")
     failed = pair.move(writer.pid, "--parent", last, env={"LAZYMIG_FAULT": "source:freeze:error"})
     assert failed.status == 1
-    wait_for("no trace", lambda: not protected(outer) and not holders(writer.pid), 10)
+    wait_for("no trace", lambda: not protected(outer) and not holders(writer.pid, pair.source), 10)
     argv = [*COMMAND, "predump", str(writer.pid), "-D", str(pair.tmp / "2"), "--parent", "../1", "--json"]
     done = pair.source.run(argv)
     assert json.loads(done.stdout.splitlines()[-1])["base"] == "compared"
@@ -326,8 +326,8 @@ def test_a_move_without_rounds_ends_the_holder_too(pair):
     writer = pair.writer("--mib", "16")
     argv = [*COMMAND, "predump", str(writer.pid), "-D", str(pair.tmp / "0")]
     assert pair.source.run(argv).returncode == 0
-    assert len(holders(writer.pid)) == 1
+    assert len(holders(writer.pid, pair.source)) == 1
     moved(pair.move(writer.pid, "--mode", "postcopy"))
-    wait_for("the holder ends", lambda: not holders(writer.pid), 10)
+    wait_for("the holder ends", lambda: not holders(writer.pid, pair.source), 10)
     writer.host = pair.destination
     assert writer.report().ok
