@@ -13,6 +13,7 @@ if platform.machine() == "x86_64":
         REGISTERS_SIZE,
         XCOMP_PERM,
         Registers,
+        in_system_call,
         restarts_by_block,
         stack_pointer,
     )
@@ -29,6 +30,7 @@ __all__ = [
     "SYS",
     "XCOMP_PERM",
     "Registers",
+    "in_system_call",
     "restarts_by_block",
     "stack_pointer",
 ]

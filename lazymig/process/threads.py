@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lazymig.arch import PAGE_SIZE, REGISTERS_SIZE, SYS, XCOMP_PERM, Registers, stack_pointer
+from lazymig.arch import PAGE_SIZE, REGISTERS_SIZE, SYS, XCOMP_PERM, Registers, in_system_call, stack_pointer
 from lazymig.errors import ProtocolError
 from lazymig.kernel import ptrace
 from lazymig.kernel.batch import Batch, Steps
@@ -170,14 +170,17 @@ _TOP = 1 << 47  # no address of a process's own is above
 def eager_pages(pid: int, images: Sequence[ThreadImage]) -> RangeSet:
     """Pages that must be in place before a thread runs: the kernel writes the rseq area, the stack is needed now.
 
+    Not so that of a thread, other than the main one, that waits in a system call: it may wait for long.
+
     And what the kernel touches when a thread ends (its tid address, its list of robust locks and these locks): it
     does not wait for a missing page then, so that who waits for the lock or the end would wait for ever.
     """
     spans = []
     for i in images:
         t = i.state
-        sp = stack_pointer(t.regs) - _RED_ZONE
-        spans += [(t.rseq_ptr, t.rseq_size), (i.clear_tid, 4), (t.robust_head, t.robust_len), (sp, PAGE_SIZE)]
+        spans += [(t.rseq_ptr, t.rseq_size), (i.clear_tid, 4), (t.robust_head, t.robust_len)]
+        if i is images[0] or not in_system_call(t.regs):
+            spans.append((stack_pointer(t.regs) - _RED_ZONE, PAGE_SIZE))
     heads = ffi.new("uint64_t[]", [h for i in images if (h := i.state.robust_head)])
     out = ffi.new("uint64_t[]", _ROBUST_CAP)
     n = lib.lm_robust_addresses(pid, heads, len(heads), out, _ROBUST_CAP)
