@@ -26,6 +26,7 @@ from lazymig.process.vmas import Kind
 _MAX_PENDING = 1 << 17
 _P_ALL = 0  # waitid(2)
 _PR_SET_PDEATHSIG = 1
+_MOST_FDS = 1 << 20
 _WAIT_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT | 0x40000000  # __WALL
 
 
@@ -127,9 +128,13 @@ class Rehearsal:
     def play(self) -> None:
         """Stops the child, reads its state and lets it run."""
         if self._target is None:
+            parent = os.getpid()
             child = os.fork()
             if child == 0:
-                _wait_for_the_end()
+                try:
+                    _wait_for_the_end(parent)
+                finally:
+                    os._exit(1)  # whatever happens, it never goes on with what its parent does
             self._target = Target(child)
         self._target.stop()
         try:
@@ -147,11 +152,11 @@ class Rehearsal:
             os.waitpid(target.pid, 0)
 
 
-def _wait_for_the_end() -> None:
+def _wait_for_the_end(parent: int) -> None:
     """A child's part: it dies with its parent, and keeps none of its connections open."""
     calls.syscall(SYS.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    calls.syscall(SYS.close_range, 0, (1 << 32) - 1, 0)
-    while True:
+    os.closerange(0, _MOST_FDS)
+    while os.getppid() == parent:  # else it was killed before this was set
         signal.pause()
 
 
