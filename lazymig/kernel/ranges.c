@@ -1,5 +1,6 @@
 #include "lazymig/kernel/ranges.h"
 
+#include <stdbool.h>
 #include <stdlib.h>
 
 static int by_start(const void *x, const void *y)
@@ -83,7 +84,8 @@ uint64_t lm_ranges_subtract(const lm_range *a, uint64_t na, const lm_range *b, u
 	return n;
 }
 
-uint64_t lm_ranges_intersect(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out)
+/* What is in both; `join`: touching pieces become one. */
+static uint64_t common(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out, bool join)
 {
 	uint64_t i = 0, j = 0, n = 0;
 
@@ -93,7 +95,10 @@ uint64_t lm_ranges_intersect(const lm_range *a, uint64_t na, const lm_range *b, 
 			a[i].end < b[j].end ? a[i].end : b[j].end,
 		};
 
-		n = append(out, n, both);
+		if (join)
+			n = append(out, n, both);
+		else if (both.start < both.end)
+			out[n++] = both;
 		if (a[i].end < b[j].end)
 			i++;
 		else
@@ -102,22 +107,14 @@ uint64_t lm_ranges_intersect(const lm_range *a, uint64_t na, const lm_range *b, 
 	return n;
 }
 
+uint64_t lm_ranges_intersect(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out)
+{
+	return common(a, na, b, nb, out, true);
+}
+
 uint64_t lm_ranges_cut(const lm_range *a, uint64_t na, const lm_range *b, uint64_t nb, lm_range *out)
 {
-	uint64_t i = 0, j = 0, n = 0;
-
-	while (i < na && j < nb) {
-		uint64_t start = a[i].start > b[j].start ? a[i].start : b[j].start;
-		uint64_t end = a[i].end < b[j].end ? a[i].end : b[j].end;
-
-		if (start < end)
-			out[n++] = (lm_range){start, end};
-		if (a[i].end < b[j].end)
-			i++;
-		else
-			j++;
-	}
-	return n;
+	return common(a, na, b, nb, out, false);
 }
 
 uint64_t lm_ranges_chop(const lm_range *r, uint64_t n, uint64_t step, uint64_t most, lm_range *out, uint64_t cap)
