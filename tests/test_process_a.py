@@ -439,7 +439,7 @@ def test_many_threads_are_put_back_in_chorus():
                 list(zip(batches, datas, strict=True)),
                 lambda b, d: state.restore_thread(b, d, pid=sk.pid, tid=b.tid, blob_at=sk.main.put),
             )
-            again = [run_steps(b, state.dump_thread(b, sk.pid, b.tid))[0] for b in batches]
+            again = [run_steps(b, state.dump_thread(b, b.tid))[0] for b in batches]
             for here, there in zip(datas, again, strict=True):
                 a, b = (state.thread_state(x) for x in (here, there))
                 for signals in (a.core.signals_p.signals, b.core.signals_p.signals):

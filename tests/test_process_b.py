@@ -338,9 +338,7 @@ def test_sessions(how, leads):
 def test_whole_state():
     with stopped(PENDING + TIMERS.replace("range(4)", "range(1)").split("for t in ids")[0]) as src:
         data = one(src.batches[0], state.dump_process(src.batches[0], src.pid))
-        threads = [
-            one(b, state.dump_thread(b, src.pid, t)) for b, t in zip(src.batches, src.tids, strict=True)
-        ]
+        threads = [one(b, state.dump_thread(b, t)) for b, t in zip(src.batches, src.tids, strict=True)]
         tids = src.tids
     pid = tids[0]
     with anew(tids) as sk:
@@ -357,7 +355,7 @@ def test_whole_state():
         back_threads = []
         for i, t in enumerate(tids):
             b = sk.thread_batch(i, t)
-            back_threads.append(one(b, state.dump_thread(b, pid, t)))
+            back_threads.append(one(b, state.dump_thread(b, t)))
     a, b = (state_pb2.ProcessState.FromString(x) for x in (data, back))
     for x in (a, b):
         spans(x.tc.timers)

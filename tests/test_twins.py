@@ -72,7 +72,7 @@ def compare(pid: int, count: int) -> set[str]:
         with target.injection() as inj:
             batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
             steps = [
-                together(dump_thread(b, t), state.dump_thread(b, pid, t.tid))
+                together(dump_thread(b, t), state.dump_thread(b, t.tid))
                 for b, t in zip(batches, stopped.threads, strict=True)
             ]
             alone = [run_steps(b, s)[0] for b, s in zip(batches, steps, strict=True)]

@@ -28,8 +28,8 @@ _SS_DISABLE = 2
 _MCE_KILL_DEFAULT, _TSC_ENABLE = 2, 1
 _EINTR = -4 & (1 << 64) - 1
 _RESTART_BLOCK = -516 & (1 << 64) - 1
-# Of these the kernel itself never lets a tracer see EINTR: it is CRIU's word for "go on with restart_syscall".
 _OWN = ("comm", "comm_bytes", "sas", "rseq_entry", "blk_sigset")
+# Of these the kernel itself never lets a tracer see EINTR: it is CRIU's word for "go on with restart_syscall".
 _BY_BLOCK = frozenset({SYS.nanosleep, SYS.clock_nanosleep, SYS.poll})
 
 

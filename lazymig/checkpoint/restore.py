@@ -32,7 +32,7 @@ from lazymig.migrate.options import Mode, Wire
 from lazymig.migrate.parts import SMALL_VMA, lazy_capable, split_eager
 from lazymig.migrate.states import fault_point
 from lazymig.process import state
-from lazymig.process.threads import eager_pages
+from lazymig.process.threads import RED_ZONE, eager_pages
 from lazymig.process.vmas import TASK_SIZE, LayoutDiff
 from lazymig.secure.doors import doors_of
 from lazymig.skeleton.preadv import place_files
@@ -151,7 +151,9 @@ class Restore:
         able = (pages - self.remote) & lazy_capable(layout, Mode.POSTCOPY)
         stacks = [stack_pointer(i.state.regs) for i in self.loaded.capture.threads]
         near = [
-            (max(sp - 128, 0) & -PAGE_SIZE, (sp + _STACK) & -PAGE_SIZE) for sp in stacks if sp < TASK_SIZE
+            (max(sp - RED_ZONE, 0) & -PAGE_SIZE, (sp + _STACK) & -PAGE_SIZE)
+            for sp in stacks
+            if sp < TASK_SIZE
         ]
         return split_eager(layout, able, RangeSet.of(near), Mode.POSTCOPY)[1]
 

@@ -291,9 +291,8 @@ class Chorus:
         self.lead = lead
         self.others = list(others)  # still with the lead
         self.strays: list[Batch] = []
-        self.own: list[dict[str, bytes]] = [
-            {} for _ in self.others
-        ]  # of each of them, since the lead's last `out`
+        # Of each of them, since the lead's last `out` with a name.
+        self.own: list[dict[str, bytes]] = [{} for _ in self.others]
         self._at: CData = ffi.NULL
         self._runs = 0
 

@@ -76,9 +76,8 @@ class Injection:
         self.gadget = gadget
         self.threads = threads
         self.region: PrivateRegion | None = None
-        self.areas: list[
-            tuple[int, int]
-        ] = []  # where it ever was, for whoever looks at the mappings meanwhile
+        # Where it ever was, for whoever looks at the mappings meanwhile.
+        self.areas: list[tuple[int, int]] = []
 
     def __enter__(self) -> Self:
         return self

@@ -89,7 +89,7 @@ class Builder:
         """Reads the husk's own state and puts it back: the freeze then does nothing for the first time."""
         skeleton, pid = self.skeleton, self.pid
         main = skeleton.main
-        process, thread = run_steps(main, state.dump_process(main, pid), state.dump_thread(main, pid, pid))
+        process, thread = run_steps(main, state.dump_process(main, pid), state.dump_thread(main, pid))
         run_steps(main, state.restore_process(main, process, pid=pid, exe_fd=None))
         run_steps(main, state.restore_thread(main, thread, pid=pid, tid=pid))
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

@@ -66,13 +66,13 @@ def dump_process(b: Batch, pid: int) -> Steps[bytes]:
     return state.SerializeToString()
 
 
-def dump_thread(b: Batch, pid: int, tid: int) -> Steps[bytes]:
+def dump_thread(b: Batch, tid: int) -> Steps[bytes]:
     """State of one thread, as a ThreadState message."""
-    common = yield from dump_common(b, pid, tid)
+    common = yield from dump_common(b, tid)
     return with_pending(common, tid)
 
 
-def dump_common(b: Batch, pid: int, tid: int) -> Steps[bytes]:  # noqa: ARG001
+def dump_common(b: Batch, tid: int) -> Steps[bytes]:
     """The same but for signals that wait for it: what threads of one process mostly have alike."""
     core = core_pb2.thread_core_entry(futex_rla=0, futex_rla_len=0)
     yield from together(creds.dump(b, core, tid), sched.dump(b, core, tid), filters.dump_mode(b, core))

@@ -163,7 +163,7 @@ def source_registers(state: ThreadState, pending: Sequence[int]) -> bytes:
 
 
 _ROBUST_CAP = 4096  # addresses
-_RED_ZONE = 128  # bytes below the stack pointer that are in use
+RED_ZONE = 128  # bytes below the stack pointer that are in use
 _TOP = 1 << 47  # no address of a process's own is above
 
 
@@ -180,7 +180,7 @@ def eager_pages(pid: int, images: Sequence[ThreadImage]) -> RangeSet:
         t = i.state
         spans += [(t.rseq_ptr, t.rseq_size), (i.clear_tid, 4), (t.robust_head, t.robust_len)]
         if i is images[0] or not in_system_call(t.regs):
-            spans.append((stack_pointer(t.regs) - _RED_ZONE, PAGE_SIZE))
+            spans.append((stack_pointer(t.regs) - RED_ZONE, PAGE_SIZE))
     heads = ffi.new("uint64_t[]", [h for i in images if (h := i.state.robust_head)])
     out = ffi.new("uint64_t[]", _ROBUST_CAP)
     n = lib.lm_robust_addresses(pid, heads, len(heads), out, _ROBUST_CAP)

@@ -18,8 +18,8 @@ from lazymig.process.threads import ThreadImage, dump_thread, image
 Dumped = tuple[ThreadImage, bytes]  # the machine state, and a ThreadState message
 
 
-def _dump(b: Batch, pid: int, thread: ThreadState) -> Steps[Dumped]:
-    ours, common = yield from state.together(dump_thread(b, thread), state.dump_common(b, pid, thread.tid))
+def _dump(b: Batch, thread: ThreadState) -> Steps[Dumped]:
+    ours, common = yield from state.together(dump_thread(b, thread), state.dump_common(b, thread.tid))
     return ours, common
 
 
@@ -32,7 +32,7 @@ def dump(
     """
     of = {t.tid: t for t in threads}
     groups: list[tuple[Batch, Sequence[Steps[Any]]]] = [
-        (b, [_dump(b, pid, t)]) for b, t in zip(batches[:2], threads, strict=False)
+        (b, [_dump(b, t)]) for b, t in zip(batches[:2], threads, strict=False)
     ]
     groups[0] = (groups[0][0], [*groups[0][1], *main])
     chorus = Chorus(batches[1], batches[2:]) if len(batches) > 1 else None
@@ -44,7 +44,7 @@ def dump(
         found |= _alike(chorus, lead[1], of)
         chorus = Chorus.of_strays(chorus) if chorus.strays else None
         if chorus:
-            results = run_all_steps([(chorus.lead, [_dump(chorus.lead, pid, of[chorus.lead.tid])])], [chorus])
+            results = run_all_steps([(chorus.lead, [_dump(chorus.lead, of[chorus.lead.tid])])], [chorus])
     ordered = [found[tid] for tid in of]
     return [(ours, state.with_pending(common, ours.state.tid)) for ours, common in ordered], more
 
