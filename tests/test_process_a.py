@@ -18,6 +18,8 @@ from lazymig.errors import ProtocolError, SyscallError
 from lazymig.kernel import ptrace
 from lazymig.kernel.batch import Batch, run_all_steps, run_steps
 from lazymig.kernel.inject import Injection, find_gadget
+from lazymig.migrate.capture import capture
+from lazymig.migrate.target import Target
 from lazymig.pb import core_pb2, mm_pb2, seccomp_pb2
 from lazymig.process import creds, limits, sched, seccomp, state, threads, twins
 from lazymig.process.vmas import Kind, Layout, read_layout, special
@@ -70,7 +72,8 @@ class Stopped:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.tids = ptrace.stop_all(pid, ptrace.O_SUSPEND_SECCOMP)
+        self.tids = ptrace.stop_all(pid)
+        ptrace.set_options(self.tids, ptrace.O_SUSPEND_SECCOMP)
         layout = read_layout(pid, with_flags=False)
         vdso = special(layout, Kind.VDSO)
         assert vdso is not None
@@ -104,8 +107,7 @@ def skeleton(threads: int) -> Iterator[tuple[Skeleton, list[Batch]]]:
     sk = Skeleton(tids[0], Layout([]))
     try:
         sk.set_threads(tids)
-        for t in tids:
-            ptrace.set_options(t, ptrace.O_EXITKILL | ptrace.O_TRACECLONE | ptrace.O_SUSPEND_SECCOMP)
+        ptrace.set_options(tids, ptrace.O_EXITKILL | ptrace.O_TRACECLONE | ptrace.O_SUSPEND_SECCOMP)
         yield sk, [sk.thread_batch(i, t) for i, t in enumerate(tids)]
     finally:
         sk.kill()
@@ -301,11 +303,44 @@ def test_filters_are_shared_by_threads_and_each_has_its_own():
             for here, there in zip(src.tids, sk.tids, strict=True):
                 assert status(there)["Seccomp_filters"] == status(here)["Seccomp_filters"]
             # They judge as soon as nobody suspends them.
-            for t in sk.tids:
-                ptrace.set_options(t, ptrace.O_EXITKILL)
+            ptrace.set_options(sk.tids, ptrace.O_EXITKILL)
             call = main.call(SYS.reboot, 0, 0, 0, 0)
             main.run()
             assert call.ret == -1
+
+
+FORBIDDEN = """
+def forbidden():
+    filters(deny(201, 77), deny(157, 77))
+    while libc.syscall(201, 0) == -1:
+        pass
+    os.write(1, b"it passed")
+threading.Thread(target=forbidden, daemon=True).start()
+while not open(f"/proc/self/task/{max(map(int, os.listdir('/proc/self/task')))}/status").read().count("Seccomp:\t2"):
+    pass
+print(flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_running_thread_is_never_free_of_its_filters_and_a_stopped_one_is():
+    with subprocess.Popen([sys.executable, "-c", PRELUDE + FORBIDDEN], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.read(1) == b"\n"
+        target = Target(child.pid)
+        try:
+            for _ in range(200):
+                with target.some_stopped(target.tids()):
+                    pass
+                # The main thread has none: what binds one thread only has to be seen too.
+                with target.paused(), capture(target) as captured:
+                    modes = [state.thread_state(m).core.seccomp_mode for m in captured.thread_states]
+                assert captured.seccomp
+                assert modes == [core_pb2.disabled, core_pb2.filter]
+        finally:
+            target.close()
+            child.kill()
+        assert child.stdout.read() == b""
 
 
 def test_a_process_without_filters_has_an_empty_chain():

@@ -98,7 +98,7 @@ static bool ended(int32_t pid, int32_t tid)
 }
 
 /* Seizes and interrupts the threads that are not in `tids` yet; returns how many were added, or sets *err. */
-static uint64_t seize_new(int32_t pid, uint64_t options, int32_t *tids, uint64_t n, uint64_t cap, int *err)
+static uint64_t seize_new(int32_t pid, int32_t *tids, uint64_t n, uint64_t cap, int *err)
 {
 	char path[64];
 	struct dirent *e;
@@ -119,7 +119,7 @@ static uint64_t seize_new(int32_t pid, uint64_t options, int32_t *tids, uint64_t
 			*err = E2BIG;
 			break;
 		}
-		if (ptrace(PTRACE_SEIZE, tid, 0, options) == -1) {
+		if (ptrace(PTRACE_SEIZE, tid, 0, 0) == -1) {
 			if (errno == ESRCH || (errno == EPERM && ended(pid, tid)))
 				continue; /* it ended meanwhile */
 			*err = errno;
@@ -151,13 +151,13 @@ static int wait_interrupted(int32_t tid, uint64_t deadline)
 	}
 }
 
-lm_result lm_stop_all(int32_t pid, uint64_t options, int32_t *tids, uint64_t cap, uint64_t timeout_ns)
+lm_result lm_stop_all(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeout_ns)
 {
 	uint64_t deadline = now_ns() + timeout_ns, n = 0;
 	int err = 0;
 
 	for (;;) {
-		uint64_t added = seize_new(pid, options, tids, n, cap, &err);
+		uint64_t added = seize_new(pid, tids, n, cap, &err);
 		uint64_t keep = n;
 		for (uint64_t i = n; i < n + added; i++) {
 			int e = err ? err : wait_interrupted(tids[i], deadline);
@@ -250,9 +250,12 @@ lm_result lm_get_sigmask(int32_t tid, uint64_t *mask)
 	return of_ptrace(ptrace(PTRACE_GETSIGMASK, tid, sizeof *mask, mask));
 }
 
-lm_result lm_set_options(int32_t tid, uint64_t options)
+lm_result lm_set_options(const int32_t *tids, uint64_t n, uint64_t options)
 {
-	return of_ptrace(ptrace(PTRACE_SETOPTIONS, tid, 0, options));
+	for (uint64_t i = 0; i < n; i++)
+		if (ptrace(PTRACE_SETOPTIONS, tids[i], 0, options) == -1)
+			return lm_fail(i, errno);
+	return lm_ok(n);
 }
 
 lm_result lm_cont(int32_t tid, int32_t sig)

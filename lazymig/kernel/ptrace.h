@@ -42,7 +42,7 @@ lm_result lm_wait(int32_t tid, uint64_t timeout_ns, int32_t *status);
  * Seizes and stops all threads of `pid`, also such as appear meanwhile; their ids go to `tids`. `done` is their
  * number. On failure all that were seized are let go and run on. Signals that arrive on the way are delivered.
  */
-lm_result lm_stop_all(int32_t pid, uint64_t options, int32_t *tids, uint64_t cap, uint64_t timeout_ns);
+lm_result lm_stop_all(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeout_ns);
 /* Lets the threads go. `sig` is 0, or a signal to leave each with. Gone threads are not an error. */
 lm_result lm_detach_all(const int32_t *tids, uint64_t n, int32_t sig);
 /* Reads `out` and the extended state (at most `cap` bytes) of a stopped thread. */
@@ -53,7 +53,8 @@ lm_result lm_set_sigmask(int32_t tid, uint64_t mask);
 lm_result lm_get_sigmask(int32_t tid, uint64_t *mask);
 /* Extended state, registers and signal mask of many threads (done: how many). */
 lm_result lm_finish_threads(const lm_final *threads, uint64_t n);
-lm_result lm_set_options(int32_t tid, uint64_t options);
+/* PTRACE_SETOPTIONS of stopped threads, up to the first that refuses (done: how many). */
+lm_result lm_set_options(const int32_t *tids, uint64_t n, uint64_t options);
 lm_result lm_cont(int32_t tid, int32_t sig);
 /* Stops one seized thread. */
 lm_result lm_interrupt(int32_t tid, uint64_t timeout_ns);

@@ -64,16 +64,14 @@ def seize(tid: int, options: int = 0) -> None:
     check(lib.lm_seize(tid, options), "PTRACE_SEIZE", f"thread {tid}")
 
 
-def stop_all(pid: int, options: int = 0, timeout_ns: int = STOP_TIMEOUT_NS) -> list[int]:
+def stop_all(pid: int, timeout_ns: int = STOP_TIMEOUT_NS) -> list[int]:
     """Seizes and stops every thread of ``pid``; the leader is first.
 
     Raises SyscallError (ETIMEDOUT: a thread is stuck in the kernel; EBUSY: the process is stopped by a signal;
     EPERM: it is traced already) after letting all go again, ProcessGoneError when it ended.
     """
     tids = ffi.new("int32_t[]", MAX_THREADS)
-    n = check(
-        lib.lm_stop_all(pid, options, tids, MAX_THREADS, timeout_ns), "stopping its threads", f"pid {pid}"
-    )
+    n = check(lib.lm_stop_all(pid, tids, MAX_THREADS, timeout_ns), "stopping its threads", f"pid {pid}")
     found: list[int] = ffi.unpack(tids, n)
     if pid not in found:
         detach_all(found)
@@ -135,9 +133,10 @@ def set_sigmask(tid: int, mask: int) -> None:
     check(lib.lm_set_sigmask(tid, mask), "PTRACE_SETSIGMASK", f"thread {tid}")
 
 
-def set_options(tid: int, options: int) -> None:
-    """PTRACE_SETOPTIONS."""
-    check(lib.lm_set_options(tid, options), "PTRACE_SETOPTIONS", f"thread {tid}")
+def set_options(tids: Sequence[int], options: int) -> None:
+    """PTRACE_SETOPTIONS of stopped threads."""
+    result = lib.lm_set_options(ffi.new("int32_t[]", list(tids)), len(tids), options)
+    check(result, "PTRACE_SETOPTIONS", f"thread {tids[min(result.done, len(tids) - 1)]}")
 
 
 def cont(tid: int, sig: int = 0) -> None:

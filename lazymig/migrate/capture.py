@@ -95,7 +95,7 @@ def capture(target: Target) -> Iterator[Capture]:
             process=process,
             thread_states=states,
             pending=[own[m] + shared for m in states],
-            seccomp=target.seccomp,
+            seccomp=any(state.thread_state(m).core.seccomp_mode for m in own),
             guards=_guards(target),
             untracked_shared=target.layout.ranges(Kind.MEMFD),
         )

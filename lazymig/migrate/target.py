@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lazymig.arch import SYS, Registers, restarts_by_block
 from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
-from lazymig.kernel import ptrace
+from lazymig.kernel import procfs, ptrace
 from lazymig.kernel.inject import Injection, find_gadget
 from lazymig.kernel.pagemap import Pagemap, VmaSnapshots, packed, without
 from lazymig.kernel.ptrace import ThreadState
@@ -82,15 +82,10 @@ class Target:
         self.tracker: WpAsyncTracker | None = None
         self._stopped: Stopped | None = None
         self._snapshot = b""
-        self.seccomp = False
         self.membarrier = 0  # its registrations, as far as they are known before the freeze
         self._calls: dict[
             int, tuple[int, int]
         ] = {}  # thread -> (instruction, number) of a call cut by a stop
-
-    def _has_seccomp(self) -> bool:
-        with open(f"/proc/{self.pid}/status", encoding="utf-8", errors="replace") as f:
-            return any(line.startswith("Seccomp:") and line.split()[1] != "0" for line in f)
 
     @property
     def stopped(self) -> Stopped:
@@ -129,11 +124,9 @@ class Target:
 
     def stop(self) -> Stopped:
         """Stops all threads."""
-        self.seccomp = self._has_seccomp()
-        options = ptrace.O_SUSPEND_SECCOMP if self.seccomp else 0
         for tries_left in reversed(range(_STOP_TRIES)):
             try:
-                tids = ptrace.stop_all(self.pid, options, _STOP_NS)
+                tids = ptrace.stop_all(self.pid, _STOP_NS)
                 break
             except SyscallError as e:
                 # A thread that waits for a disk holds up all others: let them run on, and try again.
@@ -174,8 +167,21 @@ class Target:
             if where is None:
                 raise LazymigError("it has no vDSO", code="no-vdso", subject=f"pid {self.pid}")
             self._gadget = find_gadget(self.pid, where)
+        self._lift_filters(self._stopped.tids)
         self._injection = Injection(self.pid, self._stopped.threads, self._gadget)
         return self._injection
+
+    def _lift_filters(self, tids: Sequence[int]) -> None:
+        """Until the threads are let go, seccomp judges nothing that is called in them.
+
+        Never before they have all stopped: a thread that runs yet would be free of its filters for a moment.
+        Raises SyscallError where the kernel or lazymig's own filters forbid it, unless they have none.
+        """
+        try:
+            ptrace.set_options(tids, ptrace.O_SUSPEND_SECCOMP)
+        except SyscallError:
+            if any(procfs.status(self.pid, tid).seccomp for tid in tids):
+                raise
 
     _gadget = 0
     _injection: Injection | None = None
@@ -262,11 +268,10 @@ class Target:
     def some_stopped(self, tids: Sequence[int]) -> Iterator[None]:
         """Holds these threads up for as long as the context lasts; those that have ended do not matter."""
         stopped: list[ThreadState] = []
-        options = ptrace.O_SUSPEND_SECCOMP if tids and self._has_seccomp() else 0
         try:
             for tid in tids:
                 try:
-                    ptrace.seize(tid, options)
+                    ptrace.seize(tid)
                 except (SyscallError, ProcessGoneError):
                     continue
                 try:

@@ -126,7 +126,7 @@ def _process(pid: int, s: Status) -> Iterator[Refusal]:
             f"it has children: {names}",
             "process trees cannot be moved yet; end the children",
         )
-    if s.seccomp and _status(os.getpid()).seccomp:
+    if _status(os.getpid()).seccomp and any(procfs.status(pid, t).seccomp for t in procfs.tids(pid)):
         yield Refusal(
             "seccomp", subject, "it has seccomp filters, and so has lazymig", "run lazymig without filters"
         )

@@ -299,8 +299,7 @@ class Skeleton:
 
     def suspend_seccomp(self) -> None:
         """Filters that are installed from now on bind only when the tracer has let go."""
-        for tid in self.tids:
-            ptrace.set_options(tid, _OPTIONS | ptrace.O_SUSPEND_SECCOMP)
+        ptrace.set_options(self.tids, _OPTIONS | ptrace.O_SUSPEND_SECCOMP)
 
     # ---- the end
 
