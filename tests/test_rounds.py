@@ -16,7 +16,7 @@ from predump_kit import Puppet
 from lazymig.kernel import ptrace
 from lazymig.migrate.brake import Brake
 from lazymig.migrate.options import Mode
-from lazymig.migrate.rounds import BRAKES, MAX_PUNCH_ROUNDS, Action, Policy
+from lazymig.migrate.rounds import BRAKES, MAX_PUNCH_ROUNDS, Action, Extent, Policy
 from lazymig.migrate.target import Target
 from lazymig.native import lib
 from page_server.sender import new_bulk, pack_parts
@@ -77,6 +77,16 @@ def test_rounds_are_bounded(mode):
     while p.decide(FOUND) is not Action.FREEZE:
         n += 1
         assert n < 20
+
+
+def test_what_a_freeze_costs_by_itself_counts_against_the_longest_downtime():
+    small, many, large = Extent(1, 25, 1 << 26), Extent(257, 500, 1 << 26), Extent(1, 25, 1 << 32)
+    found = {e: Policy(Mode.PRECOPY, 30, 20, extent=e) for e in (small, many, large)}
+    for p in found.values():
+        assert p.decide(FOUND) is Action.COPY
+    assert [found[e].decide(100) for e in (small, many, large)] == [Action.FREEZE, Action.COPY, Action.COPY]
+    hybrid = Policy(Mode.HYBRID, 30, 20, extent=large)
+    assert hybrid.estimate_ms(100) < found[large].estimate_ms(100)
 
 
 BUSY = """

@@ -37,7 +37,7 @@ from lazymig.migrate.links import Links, connect
 from lazymig.migrate.options import MigrateOptions, Mode
 from lazymig.migrate.parts import classify, dealt, few_pages, lazy_capable, locked, split_eager, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
-from lazymig.migrate.rounds import Action, Policy
+from lazymig.migrate.rounds import Action, Extent, Policy
 from lazymig.migrate.serve import AbandonedError, Serving, make_senders
 from lazymig.migrate.states import (
     FAILURE,
@@ -257,6 +257,8 @@ class SourceMigration:
             dirty.pages = dirty.pages | (self._owed & self.target.mapped().all)
             self._owed = RangeSet()
             fresh = dirty.pages - self._lazy
+            now = self.target.mapped().all.size
+            self.policy.extent = Extent(len(self.target.tids()), len(self.target.layout), now)
             action = self.policy.decide(fresh.pages)
             if action is Action.FREEZE:
                 # These pages are protected again, so the freeze's scan will not tell of them.
