@@ -6,10 +6,13 @@ process is ever patched; for batches an area is mapped and unmapped again.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from typing import Self
 
 from lazymig.arch import SYS
-from lazymig.errors import LazymigError, SyscallError
+from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
 from lazymig.kernel import ptrace
 from lazymig.kernel.batch import Batch, blob
 from lazymig.kernel.ptrace import ThreadState
@@ -17,6 +20,22 @@ from lazymig.native import CData, ffi, lib
 
 _PROT_RWX = 7
 _MAP_PRIVATE_ANONYMOUS = 0x22
+_ACTION_OFFSET, _ACTION_SIZE = (
+    128,
+    32,
+)  # in the area, between the interpreter and the batches; struct sigaction
+_SIGSET_SIZE = 8
+
+
+def acts_on(pid: int, sig: int) -> bool:
+    """Whether a process catches or ignores a signal (/proc/PID/status)."""
+    fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(fd, 1 << 20)
+    finally:
+        os.close(fd)
+    masks = [text.partition(b"\n%s:\t" % name)[2][:16] for name in (b"SigIgn", b"SigCgt")]
+    return any(int(mask, 16) >> (sig - 1) & 1 for mask in masks)
 
 
 def find_gadget(pid: int, vdso: tuple[int, int]) -> int:
@@ -76,6 +95,8 @@ class Injection:
         self.gadget = gadget
         self.threads = threads
         self.region: PrivateRegion | None = None
+        # What it does on SIGTRAP (struct sigaction), if anything: an interpreter's end makes the kernel forget that.
+        self.trap_action: bytes | None = None
         # Where it ever was, for whoever looks at the mappings meanwhile.
         self.areas: list[tuple[int, int]] = []
 
@@ -90,7 +111,11 @@ class Injection:
         main = self.threads[0]
         # Signals wait meanwhile: a handler would run with these registers.
         ptrace.set_sigmask(main.tid, ptrace.ALL_SIGNALS)
-        ret = ptrace.step_syscall(main.tid, main.regs, self.gadget, nr, *args)
+        try:
+            ret = ptrace.step_syscall(main.tid, main.regs, self.gadget, nr, *args)
+        except SyscallError:
+            ptrace.recover(main.tid, main.regs, main.sigmask)
+            raise
         ptrace.settle(main.tid, main.regs, main.sigmask)
         if -4096 < ret < 0:
             raise SyscallError(call, -ret, subject=f"pid {self.pid}")
@@ -102,6 +127,10 @@ class Injection:
         self.region = PrivateRegion(self.pid, base, size)
         self.areas.append((base, base + size))
         ptrace.poke(self.pid, base, blob())
+        if acts_on(self.pid, signal.SIGTRAP):
+            at = base + _ACTION_OFFSET
+            self.step("rt_sigaction", SYS.rt_sigaction, signal.SIGTRAP, 0, at, _SIGSET_SIZE)
+            self.trap_action = ptrace.peek(self.pid, at, _ACTION_SIZE)
         return self.region
 
     def batches(self, size_each: int, max_calls: int, size_main: int, max_calls_main: int) -> list[Batch]:
@@ -119,13 +148,19 @@ class Injection:
 
     def _restore(self, *, everything: bool) -> None:
         """Unmaps the area and puts back critical sections; registers too, which is only due when a run failed."""
+        if everything:
+            # A call that is under way still, or what somebody put at the gadget: none of it goes on.
+            for t in self.threads:
+                with contextlib.suppress(ProcessGoneError):
+                    ptrace.recover(t.tid, t.regs, t.sigmask)
         if self.region is not None:
             region, self.region = self.region, None
+            if self.trap_action is not None:
+                at = region.base + _ACTION_OFFSET
+                ptrace.poke(self.pid, at, self.trap_action)
+                self.step("rt_sigaction", SYS.rt_sigaction, signal.SIGTRAP, at, 0, _SIGSET_SIZE)
             self.step("munmap", SYS.munmap, region.base, region.size)
         for t in self.threads:
             if t.rseq_cs:
                 # Running elsewhere made the kernel clear the critical section; the thread is still in it.
                 ptrace.poke(self.pid, t.rseq_ptr + 8, t.rseq_cs.to_bytes(8, "little"))
-            if everything:
-                ptrace.set_regs(t.tid, t.regs)
-                ptrace.set_sigmask(t.tid, t.sigmask)

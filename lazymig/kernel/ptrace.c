@@ -268,25 +268,58 @@ lm_result lm_event_message(int32_t tid, uint64_t *message)
 	return of_ptrace(ptrace(PTRACE_GETEVENTMSG, tid, 0, message));
 }
 
-/* Waits for the SIGTRAP that a step or the interpreter's int3 makes. EFAULT: it died of something else. */
-static int wait_trap(int32_t tid, uint64_t timeout_ns)
+static bool trap(int32_t st)
 {
-	int32_t st;
-	lm_result r = lm_wait(tid, timeout_ns, &st);
-	if (r.err)
-		return r.err;
-	return WSTOPSIG(st) == SIGTRAP && !STOP_EVENT(st) ? 0 : EFAULT;
+	return WSTOPSIG(st) == SIGTRAP;
 }
 
+/*
+ * Waits for the SIGTRAP that the interpreter's int3 makes, or for the entry of a system call, where the thread was set
+ * going by `how`. EFAULT: it died of something else. A SIGCONT that anybody sends stops a seized thread too.
+ */
+static int wait_trap(int32_t tid, int how, uint64_t deadline)
+{
+	for (;;) {
+		int32_t st;
+		uint64_t now = now_ns();
+		lm_result r = lm_wait(tid, deadline > now ? deadline - now : 0, &st);
+
+		if (r.err)
+			return r.err;
+		if (!STOP_EVENT(st))
+			return trap(st) ? 0 : EFAULT;
+		if (STOP_EVENT(st) != PTRACE_EVENT_STOP || !trap(st))
+			return EFAULT;
+		if (ptrace(how, tid, 0, 0) == -1)
+			return errno;
+	}
+}
+
+/*
+ * No single step: its SIGTRAP is forced upon the thread, and so makes the kernel forget what the program does on SIGTRAP
+ * (with all signals blocked, as here). The entry of a system call is told of without any signal, and shows which one it
+ * is: at the gadget may be something else by now, which the program put there. The interrupt stops the thread on its
+ * way out of the call.
+ */
 lm_result lm_step_syscall(int32_t tid, const lm_regs *base, uint64_t gadget, lm_call *call, uint64_t timeout_ns)
 {
+	uint64_t deadline = now_ns() + timeout_ns;
 	struct user_regs_struct r;
 
 	memcpy(&r, base, sizeof r);
 	lm_arch_enter_syscall(&r, gadget, call);
-	if (ptrace(PTRACE_SETREGS, tid, 0, &r) == -1 || ptrace(PTRACE_SINGLESTEP, tid, 0, 0) == -1)
+	if (ptrace(PTRACE_SETREGS, tid, 0, &r) == -1 || ptrace(PTRACE_SYSCALL, tid, 0, 0) == -1)
 		return lm_fail(0, errno);
-	int err = wait_trap(tid, timeout_ns);
+	int err = wait_trap(tid, PTRACE_SYSCALL, deadline);
+	if (err)
+		return lm_fail(0, err);
+	if (ptrace(PTRACE_GETREGS, tid, 0, &r) == -1)
+		return lm_fail(0, errno);
+	if (!lm_arch_entered(&r, gadget, call))
+		return lm_fail(0, EFAULT);
+	if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1 || ptrace(PTRACE_CONT, tid, 0, 0) == -1)
+		return lm_fail(0, errno);
+	err = wait_interrupted(tid, deadline);
 	if (err)
 		return lm_fail(0, err);
 	if (ptrace(PTRACE_GETREGS, tid, 0, &r) == -1)
@@ -298,19 +331,6 @@ lm_result lm_step_syscall(int32_t tid, const lm_regs *base, uint64_t gadget, lm_
 lm_result lm_interrupt(int32_t tid, uint64_t timeout_ns)
 {
 	if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1)
-		return lm_fail(0, errno);
-	int err = wait_interrupted(tid, now_ns() + timeout_ns);
-	return err ? lm_fail(0, err) : lm_ok(1);
-}
-
-/*
- * Ends stepping in a stopped thread, which stays where it is. Else it would get a SIGTRAP when its tracer dies: the
- * kernel lets go of it then without clearing the trap flag.
- */
-static lm_result unstep(int32_t tid, uint64_t timeout_ns)
-{
-	/* Only a resume without a step clears the trap flag; the interrupt that waits stops it before it runs. */
-	if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1 || ptrace(PTRACE_CONT, tid, 0, 0) == -1)
 		return lm_fail(0, errno);
 	int err = wait_interrupted(tid, now_ns() + timeout_ns);
 	return err ? lm_fail(0, err) : lm_ok(1);
@@ -347,13 +367,43 @@ lm_result lm_finish_threads(const lm_final *threads, uint64_t n)
 	return lm_ok(n);
 }
 
-lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns)
+lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask)
 {
-	lm_result r = unstep(tid, timeout_ns);
+	int err = put_back(tid, regs, mask);
 
-	if (!r.err)
-		r.err = put_back(tid, regs, mask);
-	return r;
+	return err ? lm_fail(0, err) : lm_ok(1);
+}
+
+/* The thread may run, or stand at any stop: what it is at there is dropped, and it executes nothing more. */
+lm_result lm_recover(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns)
+{
+	uint64_t deadline = now_ns() + timeout_ns;
+	struct user_regs_struct r;
+	int32_t st = 0;
+
+	if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1)
+		return lm_fail(0, errno);
+	if (ptrace(PTRACE_GETREGS, tid, 0, &r) == -1) { /* it runs */
+		lm_result waited = lm_wait(tid, timeout_ns, &st);
+
+		if (waited.err)
+			return waited;
+	}
+	while (STOP_EVENT(st) != PTRACE_EVENT_STOP) {
+		uint64_t now = now_ns();
+		lm_result waited;
+
+		/* At the entry of a system call it would still be made. */
+		memcpy(&r, regs, sizeof r);
+		r.orig_rax = -1;
+		if (ptrace(PTRACE_SETREGS, tid, 0, &r) == -1 || ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1 ||
+		    ptrace(PTRACE_CONT, tid, 0, 0) == -1)
+			return lm_fail(0, errno);
+		waited = lm_wait(tid, deadline > now ? deadline - now : 0, &st);
+		if (waited.err)
+			return waited;
+	}
+	return lm_settle(tid, regs, mask);
 }
 
 /* All at once: each has a stop to wait for. */
@@ -390,9 +440,8 @@ lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t
 			runners[i].err = errno;
 	}
 	for (uint64_t i = 0; i < n; i++) {
-		uint64_t now = now_ns();
 		if (!runners[i].err)
-			runners[i].err = wait_trap(runners[i].tid, deadline > now ? deadline - now : 0);
+			runners[i].err = wait_trap(runners[i].tid, PTRACE_CONT, deadline);
 	}
 	settle_all(runners, n, deadline);
 	for (uint64_t i = 0; i < n; i++) {

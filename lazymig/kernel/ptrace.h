@@ -61,13 +61,18 @@ lm_result lm_interrupt(int32_t tid, uint64_t timeout_ns);
 /* Registers that make a stopped thread interpret the batch at `table` once it runs on. */
 lm_result lm_enter_batch(int32_t tid, const lm_regs *base, uint64_t blob, uint64_t table);
 lm_result lm_event_message(int32_t tid, uint64_t *message);
-/* Executes one system call in a stopped thread by stepping over the instruction at `gadget`; sets call->ret. */
+/*
+ * Executes one system call in a stopped thread at the instruction at `gadget`; sets call->ret. EFAULT: something else is
+ * there. No signal has any part in it.
+ */
 lm_result lm_step_syscall(int32_t tid, const lm_regs *base, uint64_t gadget, lm_call *call, uint64_t timeout_ns);
 /*
- * Gives a thread that has stopped after a step or a batch its own registers and signal mask back. A tracer may be killed
- * at any moment, and the thread then runs on from where it stands: amid what it was made to do, it would die of it.
+ * Gives a thread that has stopped after a step its own registers and signal mask back. A tracer may be killed at any
+ * moment, and the thread then runs on from where it stands: amid what it was made to do, it would die of it.
  */
-lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns);
+lm_result lm_settle(int32_t tid, const lm_regs *regs, uint64_t mask);
+/* The same of a thread whose step or batch has failed, wherever it stands or runs. */
+lm_result lm_recover(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t timeout_ns);
 /* Runs all the batches at once and waits for every one. `done` counts the good ones; `err` is the first error. */
 lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t timeout_ns);
 /* Reads or writes another process's memory, whole or not at all (done: bytes). */

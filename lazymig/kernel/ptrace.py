@@ -159,7 +159,9 @@ def wait_stop(tid: int, timeout_ns: int = STOP_TIMEOUT_NS) -> int:
 
 
 def step_syscall(tid: int, regs: bytes, gadget: int, nr: int, *args: int) -> int:
-    """One system call in a stopped thread, by a step over the ``syscall`` at ``gadget``; its raw result.
+    """One system call in a stopped thread, by the ``syscall`` at ``gadget``; its raw result.
+
+    Raises SyscallError (EFAULT: there is something else by now).
 
     The thread's registers are not put back: the caller does (`settle`).
     """
@@ -171,7 +173,13 @@ def step_syscall(tid: int, regs: bytes, gadget: int, nr: int, *args: int) -> int
 
 def settle(tid: int, regs: bytes, mask: int) -> None:
     """After a step: gives the thread its registers and signal mask back, so that this tracer may be killed."""
-    check(lib.lm_settle(tid, regs_cdata(regs), mask, STOP_TIMEOUT_NS), "PTRACE_INTERRUPT", f"thread {tid}")
+    check(lib.lm_settle(tid, regs_cdata(regs), mask), "PTRACE_SETREGS", f"thread {tid}")
+
+
+def recover(tid: int, regs: bytes, mask: int) -> None:
+    """The same after a step or a batch that failed, wherever the thread stands or runs."""
+    r = lib.lm_recover(tid, regs_cdata(regs), mask, STOP_TIMEOUT_NS)
+    check(r, "putting its registers back", f"thread {tid}")
 
 
 def stop_seized(tid: int, timeout_ns: int = STOP_TIMEOUT_NS) -> None:

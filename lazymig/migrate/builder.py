@@ -239,7 +239,7 @@ class Builder:
         """The last state, and registers: only `let_go` may follow. Returns all warnings."""
         captured = r.captured
         last = state.restore_last(self.skeleton.main, captured.process)
-        warnings = r.warnings + self.skeleton.remove_region(last)
+        warnings = r.warnings + self.skeleton.remove_region(last, state.trap_action(captured.process))
         for image in captured.threads:
             write_rseq_cs(self.pid, image.state)
         r.final.set()

@@ -116,7 +116,7 @@ def _read(target: Target, inj: Injection) -> tuple[list[twins.Dumped], list[Any]
     """What the stopped threads say of themselves, and the main one of the process."""
     batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
     main, pid = batches[0], target.pid
-    more = [dump_xcomp(main), state.dump_process(main, pid), _no_children(main, pid)]
+    more = [dump_xcomp(main), state.dump_process(main, pid, inj.trap_action), _no_children(main, pid)]
     return twins.dump(batches, target.stopped.threads, pid, more)
 
 

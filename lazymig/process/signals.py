@@ -5,6 +5,7 @@ Actions are the kernel's own ``struct sigaction``: handler, flags, restorer, mas
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,6 +18,7 @@ from lazymig.pb import sa_pb2, siginfo_pb2
 
 _KILL, _STOP = 9, 19  # asm/signal.h: they have no action
 NUMBERS = tuple(n for n in range(1, 65) if n not in (_KILL, _STOP))  # the order of CRIU's lists too
+_TRAP = NUMBERS.index(signal.SIGTRAP)
 _NAMES = tuple(f"signal {n}" for n in NUMBERS)
 _ACTION = struct.Struct("<4Q")
 _MASK_SIZE = 8
@@ -24,15 +26,27 @@ _AT_ONCE = 16  # a thread's batch has room for about 4 KiB
 _MOST = 1 << 17
 
 
-def dump_actions(b: Batch) -> Steps[list[sa_pb2.sa_entry]]:
-    """The actions of `NUMBERS`, which all threads share."""
+def dump_actions(b: Batch, trap_action: bytes | None = None) -> Steps[list[sa_pb2.sa_entry]]:
+    """The actions of `NUMBERS`, which all threads share; ``trap_action`` is SIGTRAP's, if not the default.
+
+    That one is lost as soon as any thread of the process has run a batch.
+    """
     out = b.out(_ACTION.size * len(NUMBERS))
     places = range(out.addr, out.addr + out.size, _ACTION.size)
     rows = [(n, 0, at, _MASK_SIZE, 0, 0) for n, at in zip(NUMBERS, places, strict=True)]
     calls = b.calls(SYS.rt_sigaction, rows)
     yield
     calls.check("rt_sigaction", _NAMES)
-    return [_entry(*words) for words in _ACTION.iter_unpack(out.data)]
+    entries = [_entry(*words) for words in _ACTION.iter_unpack(out.data)]
+    if trap_action is not None:
+        entries[_TRAP] = _entry(*_ACTION.unpack(trap_action))
+    return entries
+
+
+def trap_action(actions: Sequence[sa_pb2.sa_entry]) -> bytes | None:
+    """SIGTRAP's among them, a ``struct sigaction``, if not the default: to be set when no batch runs any more."""
+    a = actions[_TRAP]
+    return _ACTION.pack(a.sigaction, a.flags, a.restorer, a.mask) if a.sigaction else None
 
 
 @lru_cache(256)  # in the freeze every microsecond counts, and most actions are the default

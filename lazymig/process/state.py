@@ -43,12 +43,15 @@ def together(*steps: Steps[Any]) -> Steps[list[Any]]:
     return results
 
 
-def dump_process(b: Batch, pid: int) -> Steps[bytes]:
-    """State that the threads share, as a ProcessState message; ``b`` is the stopped main thread's."""
+def dump_process(b: Batch, pid: int, trap_action: bytes | None = None) -> Steps[bytes]:
+    """State that the threads share, as a ProcessState message; ``b`` is the stopped main thread's.
+
+    ``trap_action``: see `signals.dump_actions`.
+    """
     core = core_pb2.task_core_entry(task_state=_TASK_ALIVE, exit_code=0, flags=0, blk_sigset=0, comm="")
     main = core_pb2.thread_core_entry()
     actions, kept_timers, mm, where, place, _, _ = yield from together(
-        signals.dump_actions(b),
+        signals.dump_actions(b, trap_action),
         timers.dump(b, pid),
         prctl.dump_mm(b, pid),
         fs.dump(b, pid),
@@ -113,6 +116,11 @@ def thread_state(data: bytes) -> state_pb2.ThreadState:
 def exe_path(data: bytes) -> str:
     """Path of the program that the process runs, as it sees it."""
     return os.fsdecode(process_state(data).mm.exe)
+
+
+def trap_action(data: bytes) -> bytes | None:
+    """What the process does on SIGTRAP, if not the default: see `signals.trap_action`."""
+    return signals.trap_action(process_state(data).tc.sigactions)
 
 
 def restore_outside(data: bytes, pid: int) -> list[str]:

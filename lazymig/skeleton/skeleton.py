@@ -128,12 +128,8 @@ class Skeleton:
         if not ranges & here:
             return
         base = choose_base(layout | ranges | here)
-        gadget = self.region.code + rg.SYSCALL_OFFSET
         flags = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
-        args = (self.region.base, rg.SIZE, rg.SIZE, flags, base)
-        ret = ptrace.step_syscall(self.pid, self.base_regs, gadget, SYS.mremap, *args)
-        if ret != base:
-            raise SyscallError("mremap", -ret, subject=f"pid {self.pid}")
+        self._step("mremap", SYS.mremap, self.region.base, rg.SIZE, rg.SIZE, flags, base)
         self.region.base = base
 
     # ---- descriptors
@@ -303,14 +299,25 @@ class Skeleton:
 
     # ---- the end
 
-    def remove_region(self, last: Steps[T]) -> T:
-        """Makes the ``last`` calls, closes the courier and unmaps the region: after this only registers can be set."""
+    def remove_region(self, last: Steps[T], trap_action: bytes | None = None) -> T:
+        """Makes the ``last`` calls, closes the courier and unmaps the region: after this only registers can be set.
+
+        ``trap_action``, a struct sigaction, is set when no batch runs any more: its int3 is a SIGTRAP that the kernel
+        forces upon the thread, and that makes it forget the action.
+        """
         result: T = run_steps(self.main, last, self._close_courier())[0]
-        gadget = self.region.code + rg.SYSCALL_OFFSET
-        ret = ptrace.step_syscall(self.pid, self.base_regs, gadget, SYS.munmap, self.region.base, rg.SIZE)
-        if ret < 0:
-            raise SyscallError("munmap", -ret, subject=f"pid {self.pid}")
+        if trap_action is not None:
+            self._step("rt_sigaction", SYS.rt_sigaction, signal.SIGTRAP, self.main.put(trap_action), 0, 8)
+        self._step("munmap", SYS.munmap, self.region.base, rg.SIZE)
         return result
+
+    def _step(self, what: str, nr: int, *args: int) -> int:
+        """One system call of the main thread, without a batch."""
+        gadget = self.region.code + rg.SYSCALL_OFFSET
+        ret = ptrace.step_syscall(self.pid, self.base_regs, gadget, nr, *args)
+        if -4096 < ret < 0:
+            raise SyscallError(what, -ret, subject=f"pid {self.pid}")
+        return ret
 
     def _close_courier(self) -> Steps[None]:
         c = self.main.call(SYS.close, self._courier_at)

@@ -39,12 +39,18 @@ uint64_t lm_find_syscall(const uint8_t *code, uint64_t len)
 	return len;
 }
 
-/* orig_rax = -1 tells the kernel that the thread is in no system call: it then restarts none on our behalf. */
+#define TRAP_FLAG 0x100ul
+
+/*
+ * orig_rax = -1 tells the kernel that the thread is in no system call: it then restarts none on our behalf. A program
+ * that steps through itself has the trap flag set, and would stop after our first instruction.
+ */
 void lm_arch_enter_blob(struct user_regs_struct *r, uint64_t blob_addr, uint64_t table)
 {
 	r->rip = blob_addr;
 	r->rbx = table;
 	r->orig_rax = -1;
+	r->eflags &= ~TRAP_FLAG;
 }
 
 void lm_arch_enter_syscall(struct user_regs_struct *r, uint64_t gadget, const lm_call *c)
@@ -58,6 +64,13 @@ void lm_arch_enter_syscall(struct user_regs_struct *r, uint64_t gadget, const lm
 	r->r8 = c->args[4];
 	r->r9 = c->args[5];
 	r->orig_rax = -1;
+	r->eflags &= ~TRAP_FLAG;
+}
+
+int lm_arch_entered(const struct user_regs_struct *r, uint64_t gadget, const lm_call *c)
+{
+	return r->rip == gadget + 2 && r->orig_rax == (uint64_t)c->nr && r->rdi == c->args[0] && r->rsi == c->args[1] &&
+	       r->rdx == c->args[2] && r->r10 == c->args[3] && r->r8 == c->args[4] && r->r9 == c->args[5];
 }
 
 int64_t lm_arch_result(const struct user_regs_struct *r)

@@ -32,6 +32,8 @@ _Static_assert(sizeof(lm_regs) == sizeof(struct user_regs_struct), "lm_regs mirr
 void lm_arch_enter_blob(struct user_regs_struct *r, uint64_t blob, uint64_t table);
 /* Registers that make a thread execute the one syscall instruction at `gadget`. */
 void lm_arch_enter_syscall(struct user_regs_struct *r, uint64_t gadget, const lm_call *c);
+/* Whether a thread that stands at the entry of a system call is in that very one, from that very place. */
+int lm_arch_entered(const struct user_regs_struct *r, uint64_t gadget, const lm_call *c);
 int64_t lm_arch_result(const struct user_regs_struct *r);
 
 #endif

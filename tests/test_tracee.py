@@ -1,0 +1,139 @@
+"""What a process notices of being stopped and worked in, at the instants where that is hardest to hide."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from harness import wait_for
+from test_process_a import PRELUDE, _sigchld  # noqa: F401 - a fixture
+
+from lazymig.arch import SYS, Registers
+from lazymig.errors import SyscallError
+from lazymig.kernel import procfs, ptrace
+from lazymig.kernel.batch import run_batches
+from lazymig.migrate.capture import capture
+from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
+from lazymig.process import signals, state
+
+
+@contextmanager
+def target(work: str, after: str = "time.sleep(1000)") -> Iterator[Target]:
+    """A program that has done ``work``; that it lives afterwards is asserted."""
+    script = f"{PRELUDE}import signal\n{work}\nprint(flush=True)\n{after}\n"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
+        try:
+            assert program.stdout is not None
+            assert program.stdout.read(1) == b"\n", "its work failed"
+            found = Target(program.pid)
+            try:
+                yield found
+            finally:
+                found.close()
+            assert program.poll() is None, "it died of it"
+            wait_for("no tracer", lambda: not procfs.status(program.pid).tracer)
+        finally:
+            program.kill()
+
+
+def handled(pid: int) -> list[str]:
+    """Which signals it ignores, catches and blocks."""
+    with open(f"/proc/{pid}/status") as f:
+        return [line for line in f if line.startswith(("SigIgn", "SigCgt", "SigBlk"))]
+
+
+def captured(found: Target) -> state.state_pb2.ProcessState:
+    """Its state, as a freeze takes it."""
+    with found.paused(), capture(found) as c:
+        return state.process_state(c.process)
+
+
+@pytest.mark.parametrize("action", ["lambda *a: None", "signal.SIG_IGN"])
+def test_sigtrap_is_the_programs_own(action):
+    """A step's or a batch's end is a SIGTRAP; one that is forced upon a thread makes the kernel forget its action."""
+    with target(f"in_thread(lambda: None)\nsignal.signal(signal.SIGTRAP, {action})") as t:
+        before = handled(t.pid)
+        with t.paused(), t.injection() as inj:
+            inj.step("getpid", SYS.getpid)
+        assert handled(t.pid) == before
+        actions = captured(t).tc.sigactions
+        handler = actions[signals.NUMBERS.index(signal.SIGTRAP)].sigaction
+        assert (handler == signal.SIG_IGN) == ("IGN" in action)
+        assert signals.trap_action(actions)
+        assert handled(t.pid) == before
+
+
+TRAP_FLAG = 0x100
+
+
+def test_a_thread_that_steps_through_itself():
+    """With the trap flag set: it would stop after the first instruction that it is made to execute."""
+    with target("in_thread(lambda: None)\nsignal.signal(signal.SIGTRAP, lambda *a: None)") as t:
+        t.stop()
+        main = t.stopped.threads[0]
+        regs = Registers(main.regs)
+        regs["eflags"] |= TRAP_FLAG
+        main.regs = regs.to_bytes()
+        with t.injection() as inj:
+            assert inj.step("getpid", SYS.getpid) == t.pid
+            batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
+            calls = [b.call(SYS.gettid) for b in batches]
+            run_batches(batches)
+            assert [c.ret for c in calls] == t.stopped.tids
+        assert ptrace.get_regs(t.pid) == main.regs
+
+
+def test_a_sigcont_amid_the_work_in_it():
+    """It stops whatever is seized."""
+    with target("in_thread(lambda: None)") as t:
+        t.stop()
+        os.kill(t.pid, signal.SIGCONT)
+        with t.injection() as inj:
+            inj.step("getpid", SYS.getpid)
+            os.kill(t.pid, signal.SIGCONT)
+            batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
+            os.kill(t.pid, signal.SIGCONT)
+            calls = [b.call(SYS.gettid) for b in batches]
+            run_batches(batches)
+            assert [c.ret for c in calls] == t.stopped.tids
+        t.let_run()
+
+
+def wait_for_ever(t: Target) -> None:
+    """Has all threads make a call that does not return."""
+    with t.injection() as inj:
+        batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
+        for b in batches:
+            b.call(SYS.pause)
+        run_batches(batches, timeout_ns=50_000_000)
+
+
+def test_a_batch_that_does_not_end_harms_nobody():
+    with target("in_thread(lambda: None)") as t:
+        t.stop()
+        before = [ptrace.get_regs(tid) for tid in t.stopped.tids]
+        with pytest.raises(SyscallError, match="ETIMEDOUT"):
+            wait_for_ever(t)
+        assert [ptrace.get_regs(tid) for tid in t.stopped.tids] == before
+        t.let_run()
+        assert captured(t).place.pid == t.pid
+
+
+def test_something_else_is_at_the_place_of_the_system_call():
+    """Not even by chance is anything executed that the program put there: here another system call."""
+    with target(
+        "import mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(bytes.fromhex('b83c000000 0f05'))"
+    ) as t:
+        where = next(e.start for e in procfs.maps(t.pid) if e.perms.startswith("rwx"))
+        t.stop()
+        t._gadget = where
+        with t.injection() as inj, pytest.raises(SyscallError, match="EFAULT"):
+            inj.step("getpid", SYS.getpid)
+        t.let_run()
+        t._gadget = 0
+        assert captured(t).place.pid == t.pid
