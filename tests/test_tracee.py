@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,18 +21,21 @@ from lazymig.kernel import procfs, ptrace
 from lazymig.kernel.batch import run_batches
 from lazymig.migrate.capture import capture
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
-from lazymig.process import signals, state
+from lazymig.process import signals, state, threads
+
+programs: dict[int, subprocess.Popen[bytes]] = {}
 
 
 @contextmanager
 def target(work: str, after: str = "time.sleep(1000)") -> Iterator[Target]:
     """A program that has done ``work``; that it lives afterwards is asserted."""
     script = f"{PRELUDE}import signal\n{work}\nprint(flush=True)\n{after}\n"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as program:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, bufsize=0) as program:
         try:
             assert program.stdout is not None
-            assert program.stdout.read(1) == b"\n", "its work failed"
+            assert program.stdout.readline() == b"\n", "its work failed"
             found = Target(program.pid)
+            programs[program.pid] = program
             try:
                 yield found
             finally:
@@ -39,6 +44,21 @@ def target(work: str, after: str = "time.sleep(1000)") -> Iterator[Target]:
             wait_for("no tracer", lambda: not procfs.status(program.pid).tracer)
         finally:
             program.kill()
+
+
+def said(found: Target) -> str:
+    """Its next line."""
+    output = programs[found.pid].stdout
+    assert output is not None
+    assert select.select([output], [], [], 10)[0], "it says nothing"
+    return output.readline().decode().strip()
+
+
+def stop_in_a_call(found: Target) -> None:
+    """Stops it when its main thread waits in a system call."""
+    time.sleep(0.1)  # it is between the line it has written and that call
+    while procfs.state(found.pid) != "S" or not Registers(found.stop().threads[0].regs).interrupted:
+        found.let_run()
 
 
 def handled(pid: int) -> list[str]:
@@ -137,3 +157,55 @@ def test_something_else_is_at_the_place_of_the_system_call():
         t.let_run()
         t._gadget = 0
         assert captured(t).place.pid == t.pid
+
+
+INTERRUPTED = """
+import select
+signal.signal(signal.SIGUSR1, lambda *a: None)  # without SA_RESTART
+r, w = os.pipe()
+buffer = ctypes.create_string_buffer(64)
+epoll = select.epoll()
+epoll.register(r, select.EPOLLIN)
+def sleeps():
+    return libc.poll(struct.pack("ihh", r, 1, 0), 1, 3_600_000)
+"""
+WAITS = {
+    "read": "libc.read(r, buffer, 64)",
+    "poll": "sleeps()",
+    "epoll_wait": "libc.epoll_wait(epoll.fileno(), buffer, 4, -1)",
+}
+
+
+@pytest.mark.parametrize("call", WAITS.values(), ids=WAITS)
+@pytest.mark.parametrize("here", [True, False], ids=["here", "there"])
+def test_a_handler_that_runs_first_interrupts_the_call(call, here):
+    """A signal came in the freeze; at the destination the thread goes on with these registers."""
+    after = f"n = {call}\nprint(n, ctypes.get_errno(), flush=True)\ntime.sleep(1000)"
+    with target(INTERRUPTED, after) as t:
+        stop_in_a_call(t)
+        os.kill(t.pid, signal.SIGUSR1)
+        if not here:
+            main = t.stopped.threads[0]
+            ptrace.set_regs(t.pid, threads.resume_registers(main, [signal.SIGUSR1]))
+            ptrace.detach_all(t.stopped.tids)
+            t._stopped = None
+        t.let_run()
+        assert said(t) == "-1 4"
+
+
+@pytest.mark.parametrize("call", WAITS.values(), ids=WAITS)
+@pytest.mark.parametrize("here", [True, False], ids=["here", "there"])
+def test_a_signal_without_a_handler_interrupts_nothing(call, here):
+    """Such a one waits for a traced thread too."""
+    after = f"n = {call}\nprint(n, ctypes.get_errno(), flush=True)\ntime.sleep(1000)"
+    with target(INTERRUPTED + "threading.Timer(0.4, os.write, (w, b'x')).start()\n", after) as t:
+        stop_in_a_call(t)
+        os.kill(t.pid, signal.SIGWINCH)
+        assert t.stopped.due(t.stopped.threads[0]) == [signal.SIGWINCH]
+        if not here:
+            main = t.stopped.threads[0]
+            ptrace.set_regs(t.pid, threads.resume_registers(main, [signal.SIGWINCH]))
+            ptrace.detach_all(t.stopped.tids)
+            t._stopped = None
+        t.let_run()
+        assert said(t) == "1 0"

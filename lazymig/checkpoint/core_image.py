@@ -43,7 +43,8 @@ def to_cores(
         state = state_pb2.ThreadState.FromString(data)
         core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
         core.thread_info.clear_tid_addr = image.clear_tid
-        core.thread_info.gpregs.CopyFrom(ri.to_gpregs(resume_registers(image.state, pending)))
+        regs = resume_registers(image.state, pending, by_kernel=False)
+        core.thread_info.gpregs.CopyFrom(ri.to_gpregs(regs))
         core.thread_info.fpregs.CopyFrom(ri.to_fpregs(image.state.xstate))
         core.thread_info.tls.extend(ri.no_tls())
         core.thread_core.CopyFrom(state.core)

@@ -196,14 +196,14 @@ class Target:
 
     @staticmethod
     def _release(stopped: Stopped) -> None:
-        for t in stopped.threads:
-            try:
-                regs = source_registers(t, stopped.due(t))
+        try:
+            for t in stopped.threads:
+                regs = source_registers(t)
                 if regs != t.regs:
-                    ptrace.set_regs(t.tid, regs)
-            except (ProcessGoneError, FileNotFoundError):
-                continue
-        ptrace.detach_all(stopped.tids)
+                    with contextlib.suppress(ProcessGoneError):
+                        ptrace.set_regs(t.tid, regs)
+        finally:
+            ptrace.detach_all(stopped.tids)
 
     def hold_frozen(self) -> None:
         """From now on it stays stopped even if this tracer dies: SIGSTOP waits for it behind the ptrace stop."""

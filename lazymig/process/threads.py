@@ -132,32 +132,38 @@ def signal_due(pending: Sequence[int], mask: int) -> bool:
     return any(not mask >> (sig - 1) & 1 for sig in pending)
 
 
-def resume_registers(state: ThreadState, pending: Sequence[int]) -> bytes:
+def resume_registers(state: ThreadState, pending: Sequence[int], *, by_kernel: bool = True) -> bytes:
     """Registers with which the thread goes on at the destination as if nothing had been there.
 
     A system call that the stop broke off starts again; a relative sleep that tells the time left starts from that.
+    Where a signal is ``pending``, which may have a handler, the kernel decides, if it can (``by_kernel``: not where
+    registers are set by sigreturn(2)).
     """
     r = Registers(state.regs)
     if state.restarting:
         r.name_call(state.restarting)
-    if not r.interrupted(handler_due=signal_due(pending, state.sigmask)):
+    due = signal_due(pending, state.sigmask)
+    if not r.interrupted or (due and r.eintr and not by_kernel):
         r.leave_system_call()
         return r.to_bytes()
     rest = r.sleep_remaining()
     if rest:
         r[rest[0]] = rest[1]
-    r.restart()
+    if due and by_kernel:
+        r.restart_unless_handled()
+    else:
+        r.restart()
     return r.to_bytes()
 
 
-def source_registers(state: ThreadState, pending: Sequence[int]) -> bytes:
+def source_registers(state: ThreadState) -> bytes:
     """Registers to leave a thread with that runs on at the source: only calls the stop would break are redone.
 
     The kernel itself restarts all others, with their timeouts, when the thread is let go.
     """
     r = Registers(state.regs)
-    if r.interrupted(handler_due=signal_due(pending, state.sigmask)) and r.eintr:
-        r.restart()
+    if r.interrupted and r.eintr:
+        r.restart_unless_handled()
         return r.to_bytes()
     return state.regs
 

@@ -23,11 +23,11 @@ _U64 = (1 << 64) - 1
 _CS_64 = 0x33
 
 # What a system call leaves in rax when a stop interrupted it (include/linux/errno.h, never seen by a program).
-_RESTART_BLOCK = -516
+_RESTART_NO_HANDLER, _RESTART_BLOCK = -514, -516
 _RESTART = {
     -512,
     -513,
-    -514,
+    _RESTART_NO_HANDLER,
     _RESTART_BLOCK,
 }  # ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK
 _EINTR = -4
@@ -110,15 +110,13 @@ class Registers:
         """Puts the number of the call that is really under way in place of restart_syscall's."""
         self["orig_rax"] = nr
 
-    def interrupted(self, *, handler_due: bool) -> bool:
-        """Whether a system call was broken off by the stop, so that it must start again.
-
-        ``handler_due``: an unblocked signal waits for the thread. EINTR is then the truth, and stays.
-        """
+    @property
+    def interrupted(self) -> bool:
+        """Whether a system call was broken off by the stop, so that it must start again."""
         nr, ret = self.system_call, _signed(self._r["rax"])
         if nr is None:
             return False
-        return ret in _RESTART or (ret == _EINTR and nr in _EINTR_BY_STOP and not handler_due)
+        return ret in _RESTART or (ret == _EINTR and nr in _EINTR_BY_STOP)
 
     @property
     def eintr(self) -> bool:
@@ -130,6 +128,15 @@ class Registers:
         self["rax"] = self._r["orig_rax"]
         self["rip"] = self._r["rip"] - 2  # the length of `syscall`
         self["orig_rax"] = _U64
+
+    def restart_unless_handled(self) -> None:
+        """Has the kernel itself do so when the thread runs on, unless it runs a handler first.
+
+        After that the program sees EINTR, but for those calls that SA_RESTART is for (signal(7)). Only the kernel knows
+        then whether a signal that waits has a handler, and which of the threads takes it.
+        """
+        if _signed(self._r["rax"]) in (_EINTR, _RESTART_BLOCK):
+            self["rax"] = _RESTART_NO_HANDLER
 
     def leave_system_call(self) -> None:
         """Keeps the kernel from restarting anything when the thread runs on."""
