@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import Snapshot, failed, goes_on, settled, untouched, wait_for
+from harness import PROGRAMS, Snapshot, Watched, failed, goes_on, moved, settled, untouched, wait_for
 from kill_kit import children, state_of
 
 from lazymig.demo.hosts import DEVNULL, PIPE
@@ -220,3 +220,21 @@ def test_a_stuck_destination_is_noticed(pair, state):
         assert re.search("does not answer|timed out", str(move.final)), move.final
         untouched(pair.source, writer.pid, before)
         goes_on(writer)
+
+
+@pytest.mark.parametrize("some", [True, False])
+@pytest.mark.parametrize(("mode", "state"), [("hybrid", "rounds"), ("postcopy", "freeze")])
+def test_nameless_memory_that_is_made_while_it_is_copied(pair, mode, state, some):
+    """The destination learns of memfds and deleted files with the layout that maps them."""
+    out = pair.tmp / "out"
+    argv = [sys.executable, PROGRAMS / "late_memory.py", out, pair.tmp, *([] if some else ["none"])]
+    program = Watched(pair.source, out, *argv)
+    running, engine = at_state(pair, program, state, "--mode", mode)
+    with running:
+        had = program.lines()[-1]["made"]
+        pair.source.kill(program.pid, signal.SIGUSR1)
+        wait_for("new memory", lambda: program.lines()[-1]["made"] > had)
+        pair.source.kill(engine, signal.SIGCONT)
+        moved(running.finish())
+    program.host = pair.destination
+    program.goes_on(3)

@@ -238,6 +238,9 @@ class DestinationMigration:
         self.builder.open(dump_from(self.offer.fds, self.offer.pid), self.offer.highest_fd)
 
     def _apply(self, change: frames.Change) -> None:
+        offers.check_mapped(change.files)
+        if change.behind is not None:
+            self._built.restorer.add(change.behind)
         self._built.apply(change.diff, change.sizes)
         self._judge.layout(self._built.memory.layout)
         self._built.register_membarrier(change.membarrier)

@@ -67,6 +67,8 @@ class Change:
     sizes: dict[tuple[int, int], int]  # bytes of shared memory objects, by (device, inode)
     tids: list[int] | None
     membarrier: int
+    behind: descriptors_pb2.DescriptorsDump | None  # objects that are mapped for the first time
+    files: object  # that are mapped for the first time, for `offer.check_mapped`
 
 
 def change(frame: Frame) -> Change:
@@ -78,7 +80,9 @@ def change(frame: Frame) -> Change:
         }
         tids = tids_of(frame["tids"]) if "tids" in frame else None
         registrations = number(frame.get("membarrier") or 0, (1 << 32) - 1)
-        return Change(LayoutDiff.from_wire(frame["diff"]), sizes, tids, registrations)
+        behind = dump_from(octets(frame["behind"])) if "behind" in frame else None
+        diff = LayoutDiff.from_wire(frame["diff"])
+        return Change(diff, sizes, tids, registrations, behind, frame.get("mapped", []))
 
 
 def sequence(frame: Frame) -> int:

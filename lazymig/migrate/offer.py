@@ -26,7 +26,8 @@ from lazymig.process.descriptors import (
     boot_digest,
     dump_from,
 )
-from lazymig.process.vmas import Kind, Layout, Vma
+from lazymig.process.fd_reg import ghost_key
+from lazymig.process.vmas import Kind, Layout, LayoutDiff, Vma
 
 MAX_FILES = 1 << 17
 
@@ -154,6 +155,52 @@ def check_files(facts: object) -> None:
         raise RefusedError(found)
 
 
+def check_mapped(facts: object) -> None:
+    """Files that the process has mapped since the offer, as `check_offer` does with those of the offer."""
+    if not isinstance(facts, list):
+        raise ProtocolError("no list of files")
+    refusals = [files.compare(files.FileFacts.from_wire(f)) for f in facts[:MAX_FILES]]
+    if found := [r for r in refusals if r is not None]:
+        raise RefusedError(found)
+
+
+class Behind:
+    """What is behind mappings: the destination is told of objects and files with the layout that maps them first."""
+
+    def __init__(self, target: Target, dumper: DescriptorDumper, offer: Offer) -> None:
+        self._target, self._dumper = target, dumper
+        self._files = {f.path for f in offer.files}
+        self.told(dump_from(offer.fds))
+
+    def told(self, dump: descriptors_pb2.DescriptorsDump) -> None:
+        """These are the objects that the destination has the right content of, or will."""
+        self._objects = {ghost_key(g) for g in dump.ghost} | {(m.head.dev, m.head.ino) for m in dump.memfd}
+
+    def change(self, d: LayoutDiff, *, content: bool = False) -> dict[str, Any]:
+        """A change of the layout as a frame has it, with what is new behind it.
+
+        ``content``: the process is stopped, and the objects' content goes along.
+        """
+        # A file that the process has mapped is no longer at its path when somebody has replaced it: that is no news.
+        paths = {v.path for v in d.map if v.kind in (Kind.FILE, Kind.SHARED_FILE) and not v.deleted}
+        new = (
+            {k: m for k, m in self._target.mapped_objects().items() if k not in self._objects}
+            if d.map
+            else {}
+        )
+        found: dict[str, Any] = {"diff": d.to_wire(), "objects": self._target.object_sizes()}
+        if fresh := paths - self._files:
+            self._files |= fresh
+            through = written(self._target.layout)
+            facts = [files.facts_of(path, mapped=True, writing=path in through) for path in fresh]
+            found["mapped"] = [f.to_wire() for f in facts if f is not None]
+        if new:
+            dump = self._dumper.objects(new, content=content)
+            self._objects |= new.keys()
+            found["behind"] = dump.SerializeToString()
+        return found
+
+
 def writable_facts(
     dump: descriptors_pb2.DescriptorsDump, layout: Layout | None = None
 ) -> list[dict[str, object]]:
@@ -179,8 +226,10 @@ def files_to_ship(offer: Offer) -> list[str]:
 
 def open_mapped(vma: Vma, writable: bool, restorer: DescriptorRestorer) -> int:
     """The file behind a mapping, here. Raises LazymigError naming the path."""
-    fd = restorer.object(*vma.object_key) if vma.deleted else None
-    if fd is not None:
+    if vma.deleted:
+        fd = restorer.object(*vma.object_key)
+        if fd is None:
+            raise ProtocolError("a file without a name is mapped, but was not told of", subject=vma.path)
         return os.open(f"/proc/self/fd/{fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     # Not blocking: a named pipe would make this wait for its other end.
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -186,6 +186,7 @@ class SourceMigration:
         offer = offers.make_offer(self.target, self.options, self.dumper)
         if offer.refusals:
             raise RefusedError(offer.refusals)
+        self.behind = offers.Behind(self.target, self.dumper, offer)
         for note in offer.notes:
             self.emit({"event": "warning", "text": note})
         self.links = await connect(self.options)
@@ -306,10 +307,9 @@ class SourceMigration:
             {
                 "t": "layout",
                 "seq": self._seq + 1,
-                "diff": d.to_wire(),
-                "objects": self.target.object_sizes(),
                 "tids": self.target.tids(),
                 "membarrier": self.target.membarrier,
+                **self.behind.change(d),
             }
         )
 
@@ -387,7 +387,7 @@ class SourceMigration:
             self.target.look_ahead()
             step("stop")
             try:
-                fds = self.dumper.final(self.target.mapped_objects())
+                fds = self.dumper.final(self.target.objects_now())
                 break
             except RefusedError as e:
                 # An event that waits to be read, a message in a queue: the process takes it in a moment.
@@ -395,6 +395,7 @@ class SourceMigration:
                     raise
                 self.target.let_run()
                 await trio.sleep(_THAW_S)
+        self.behind.told(fds)
         for path in self.files.changed():
             await self.files.ship(path)
         # The destination has its part to do with each of these frames while this host reads on.
@@ -417,8 +418,7 @@ class SourceMigration:
         frame = {"t": "prepare", "seq": self._seq, "inline": few is not None, **dict(lengths)}
         frame["files"] = offers.writable_facts(fds, self.target.layout)
         if d:
-            frame["diff"] = d.to_wire()
-            frame["objects"] = self.target.object_sizes()
+            frame |= self.behind.change(d, content=True)
         self.links.control.send_now(frame, b"".join([*lists, few or b""]))
         step("send")
         if few is None:

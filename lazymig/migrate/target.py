@@ -413,8 +413,15 @@ class Target:
                 name=v.path,
                 ranges=ranges,
                 writable=shared or bool(before and before.writable),
+                end=max(v.offset + v.size, before.end if before else 0),
             )
         return found
+
+    def objects_now(self) -> dict[ObjectKey, MappedObject]:
+        """`mapped_objects` of the stopped process, exactly: what of them is mapped comes as memory, and only that."""
+        if self.mapped_objects():
+            self.refresh_layout(with_flags=False)
+        return self.mapped_objects()
 
     def object_sizes(self) -> list[tuple[int, int, int]]:
         """(device, inode, bytes) of the shared memory objects that the process maps."""

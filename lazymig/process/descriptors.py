@@ -26,7 +26,14 @@ from lazymig.kernel.batch import Batch, Call, Steps
 from lazymig.pb import descriptors_pb2, fdinfo_pb2, remap_file_path_pb2
 from lazymig.process import capabilities, file_locks
 from lazymig.process.fd_memfd import fill_memfd, make_memfd, memfd_name, seal, take_memfd
-from lazymig.process.fd_reg import DELETED, fill_ghost, ghost_key, make_ghost, take_ghost
+from lazymig.process.fd_reg import (
+    DELETED,
+    fill_ghost,
+    ghost_key,
+    make_ghost,
+    stand_in_ghost,
+    take_ghost,
+)
 from lazymig.process.fdinfo import FdInfo
 from lazymig.process.fdkind import (
     F_OWNER_PID,
@@ -43,6 +50,7 @@ from lazymig.process.fdkind import (
     OpenFile,
     RestoreContext,
     StdioPolicy,
+    describe,
     kind_of_type,
     kinds,
 )
@@ -65,46 +73,11 @@ CONTENT_LIMIT = 64 << 20  # bytes of nameless content that may travel inside the
 MAX_FD = 1 << 20
 FD_CLOEXEC = 1
 
-_ANON = {
-    "anon_inode:[io_uring]": "an io_uring",
-    "anon_inode:[userfaultfd]": "a userfaultfd",
-    "anon_inode:[perf_event]": "a perf event",
-    "anon_inode:[fanotify]": "a fanotify group",
-    "anon_inode:bpf-map": "a BPF map",
-    "anon_inode:bpf-prog": "a BPF program",
-    "anon_inode:kvm-vm": "a virtual machine",
-    "anon_inode:seccomp notify": "a seccomp listener",
-    "/secretmem (deleted)": "secret memory",
-}
-_FAMILIES: dict[int, str] = {
-    socket.AF_NETLINK: "a netlink socket",
-    socket.AF_PACKET: "a packet socket",
-    socket.AF_VSOCK: "a vsock socket",
-    socket.AF_ALG: "a kernel crypto socket",
-}
-
 
 def boot_digest() -> int:
     """A number that two processes share if they run on the same booted kernel."""
     with open("/proc/sys/kernel/random/boot_id", "rb") as f:
         return int.from_bytes(hashlib.sha256(f.read()).digest()[:8], "little")
-
-
-def _describe(f: OpenFile) -> str:
-    """What an unsupported descriptor is, in words."""
-    if f.link.startswith("socket:["):
-        proto = f.sockopt(socket.SO_PROTOCOL)
-        if f.family in (socket.AF_INET, socket.AF_INET6):
-            return {262: "an MPTCP socket", 132: "an SCTP socket"}.get(
-                proto, f"a raw socket (protocol {proto})"
-            )
-        return _FAMILIES.get(f.family, f"a socket of family {f.family}")
-    if f.link in _ANON:
-        return _ANON[f.link]
-    if f.link.startswith("anon_inode:"):
-        return "a descriptor of a kind not known"
-    name, bracket, _ = f.link.partition(":[")
-    return f"a namespace ({name})" if bracket else "of a kind not known"
 
 
 class DescriptorDumper:
@@ -152,6 +125,17 @@ class DescriptorDumper:
         """Everything, of a process whose threads are all stopped. Raises RefusedError."""
         return self._checked_run(True, mapped or {})
 
+    def objects(
+        self, mapped: Mapping[ObjectKey, MappedObject], *, content: bool
+    ) -> descriptors_pb2.DescriptorsDump:
+        """Only the objects that are ``mapped``: what has to reach the restorer before it can map them.
+
+        ``content``: all threads are stopped. Else one whose mapping is gone meanwhile is told of without content.
+        """
+        ctx = self._context(content, mapped)
+        self._mapped_only(ctx)
+        return ctx.out
+
     def _checked_run(
         self, content: bool, mapped: Mapping[ObjectKey, MappedObject]
     ) -> descriptors_pb2.DescriptorsDump:
@@ -160,9 +144,7 @@ class DescriptorDumper:
             raise RefusedError(ctx.refusals)
         return ctx.out
 
-    def _run(self, content: bool, mapped: Mapping[ObjectKey, MappedObject]) -> DumpContext:
-        if not content:
-            self._checked.clear()
+    def _context(self, content: bool, mapped: Mapping[ObjectKey, MappedObject]) -> DumpContext:
         ctx = DumpContext(
             src=self.src,
             stdio=self.stdio,
@@ -175,6 +157,12 @@ class DescriptorDumper:
             budget=self.limit,
         )
         ctx.out.content, ctx.out.pid, ctx.out.boot = content, self.src.nspid, self._boot
+        return ctx
+
+    def _run(self, content: bool, mapped: Mapping[ObjectKey, MappedObject]) -> DumpContext:
+        if not content:
+            self._checked.clear()
+        ctx = self._context(content, mapped)
         try:
             ctx.files = [OpenFile(self.src, row) for row in self.src.scan(self.src.fds())]
             self._rows(ctx)
@@ -204,9 +192,9 @@ class DescriptorDumper:
                 try:
                     number = self._entry(f, ctx)
                 except OSError as e:
-                    if ctx.content or e.errno not in (errno.ENOENT, errno.EBADF):
+                    if ctx.content or self._same(f):
                         raise DescriptorError(f"cannot be read: {e.strerror}", subject=f.subject) from e
-                    continue  # closed since this draft was begun
+                    continue  # closed since this draft was begun, and the number is perhaps another's
                 finally:
                     f.close()
                 if number is None:
@@ -215,6 +203,12 @@ class DescriptorDumper:
             cloexec = FD_CLOEXEC if f.info.flags & os.O_CLOEXEC else 0
             row = ctx.out.fd.add(id=f.id, flags=cloexec, fd=f.fd)
             row.type = taken[f.id]  # type: ignore[assignment]
+
+    def _same(self, f: OpenFile) -> bool:
+        try:
+            return self.src.link(f.fd) == f.link
+        except FileNotFoundError:
+            return False
 
     def _entry(self, f: OpenFile, ctx: DumpContext) -> int | None:
         """Adds the file's entry; its type, or None when it was refused."""
@@ -226,7 +220,7 @@ class DescriptorDumper:
             return entry.type
         kind = next((k for k in kinds() if k.claims(f)), None)
         if kind is None:
-            ctx.refuse(f, _describe(f), hint="it can't be moved yet; close it before the move")
+            ctx.refuse(f, describe(f), hint="it can't be moved yet; close it before the move")
             return None
         before = len(ctx.refusals)
         entry = fdinfo_pb2.file_entry(id=f.id)
@@ -246,7 +240,11 @@ class DescriptorDumper:
         for key, m in ctx.mapped.items():
             if ("memfd", key) in ctx.shared or ("ghost", key) in ctx.shared:
                 continue
-            fd = os.open(m.map_file, os.O_RDONLY | os.O_CLOEXEC)
+            fd = _opened(m, must=ctx.content)
+            if fd is None:  # unmapped since the layout was read
+                if not m.name.startswith("/memfd:"):
+                    stand_in_ghost(key, m, ctx)
+                continue
             try:
                 if m.name.startswith("/memfd:"):
                     take_memfd(key, memfd_name(m.name), fd, None, ctx)
@@ -280,6 +278,20 @@ class DescriptorDumper:
                         link = os.readlink(f"{folder}/{number}")
                         if link in inside and int(number) not in own:
                             self._outside.add(link)
+
+
+def _opened(m: MappedObject, *, must: bool) -> int | None:
+    """What is mapped, for reading; None when it is no more, or something else is at its place."""
+    try:
+        fd = os.open(m.map_file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if must:
+            raise
+        return None
+    if must or os.readlink(f"/proc/self/fd/{fd}").removesuffix(DELETED) == m.name.removesuffix(DELETED):
+        return fd
+    os.close(fd)
+    return None
 
 
 def refusals(
@@ -339,6 +351,7 @@ class DescriptorRestorer:
         self._ctx: RestoreContext | None = None
         self._made: dict[int, int] = {}
         self._undo: list[Callable[[], None]] = []
+        self._late: list[descriptors_pb2.Memfd] = []  # that came after the final dump
 
     def object(self, dev: int, ino: int) -> int | None:
         """The local descriptor (read-write) of a memfd or deleted file, by its st_dev and st_ino at the source."""
@@ -361,6 +374,12 @@ class DescriptorRestorer:
                     self._early[key] = self._make(kind, entry, ctx)
         finally:
             _close_all(ctx.temporary)
+
+    def add(self, more: descriptors_pb2.DescriptorsDump) -> None:
+        """Makes objects that are mapped since the draft, which `DescriptorDumper.objects` told of."""
+        self._make_objects(self._context(more))
+        if more.content:
+            self._late += more.memfd
 
     def finish(self, final: descriptors_pb2.DescriptorsDump) -> list[Placement]:
         """Makes everything as it was when the source stopped; what prepare opened is used where it still fits."""
@@ -405,7 +424,7 @@ class DescriptorRestorer:
     def apply_seals(self) -> None:
         """Seals memfds; after all their memory was written."""
         ctx = self._final()
-        for m in ctx.dump.memfd:
+        for m in (*ctx.dump.memfd, *self._late):
             with _naming(m.head.name):
                 seal(ctx.objects[m.head.dev, m.head.ino], m)
 

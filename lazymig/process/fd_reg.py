@@ -26,6 +26,7 @@ from lazymig.process.fdkind import (
     DescriptorError,
     DumpContext,
     Kind,
+    MappedObject,
     ObjectKey,
     OpenFile,
     RestoreContext,
@@ -120,6 +121,16 @@ def take_ghost(
         if at_rest:
             ctx.settled[key] = stamp
     return g
+
+
+def stand_in_ghost(key: ObjectKey, mapped: MappedObject, ctx: DumpContext) -> None:
+    """A deleted file that cannot be read any more, but is part of the layout that is told of: the next has it not."""
+    g = ctx.out.ghost.add(id=SPECIAL_ID + len(ctx.out.ghost), name=mapped.name.removesuffix(DELETED))
+    ctx.shared["ghost", key] = g
+    h = g.head
+    h.uid, h.gid, h.mode, h.chunks = os.geteuid(), os.getegid(), stat.S_IFREG | 0o600, True
+    h.size = mapped.end
+    h.dev, h.ino, h.atime_ns, h.mtime_ns = kernel_dev(key[0]), key[1], 0, 0
 
 
 def ghost_key(g: descriptors_pb2.Ghost) -> ObjectKey:

@@ -72,13 +72,14 @@ class StdioPolicy:
 class MappedObject:
     """A memfd or deleted file that the process maps. ``ranges`` are (offset, length) in bytes of what the
     memory path moves; ``writable`` says that a shared mapping may change it; ``map_file`` is its
-    /proc/PID/map_files path.
+    /proc/PID/map_files path. No mapping reaches beyond the offset ``end``.
     """
 
     map_file: str
     name: str  # as in /proc/PID/maps
     ranges: tuple[tuple[int, int], ...] = ()
     writable: bool = False
+    end: int = 0
 
 
 def path_is_safe(path: str) -> bool:
@@ -154,6 +155,42 @@ class OpenFile:
         if self._dup >= 0:
             os.close(self._dup)
             self._dup = -1
+
+
+_ANON = {
+    "anon_inode:[io_uring]": "an io_uring",
+    "anon_inode:[userfaultfd]": "a userfaultfd",
+    "anon_inode:[perf_event]": "a perf event",
+    "anon_inode:[fanotify]": "a fanotify group",
+    "anon_inode:bpf-map": "a BPF map",
+    "anon_inode:bpf-prog": "a BPF program",
+    "anon_inode:kvm-vm": "a virtual machine",
+    "anon_inode:seccomp notify": "a seccomp listener",
+    "/secretmem (deleted)": "secret memory",
+}
+_FAMILIES: dict[int, str] = {
+    socket.AF_NETLINK: "a netlink socket",
+    socket.AF_PACKET: "a packet socket",
+    socket.AF_VSOCK: "a vsock socket",
+    socket.AF_ALG: "a kernel crypto socket",
+}
+
+
+def describe(f: OpenFile) -> str:
+    """What an unsupported descriptor is, in words."""
+    if f.link.startswith("socket:["):
+        proto = f.sockopt(socket.SO_PROTOCOL)
+        if f.family in (socket.AF_INET, socket.AF_INET6):
+            return {262: "an MPTCP socket", 132: "an SCTP socket"}.get(
+                proto, f"a raw socket (protocol {proto})"
+            )
+        return _FAMILIES.get(f.family, f"a socket of family {f.family}")
+    if f.link in _ANON:
+        return _ANON[f.link]
+    if f.link.startswith("anon_inode:"):
+        return "a descriptor of a kind not known"
+    name, bracket, _ = f.link.partition(":[")
+    return f"a namespace ({name})" if bracket else "of a kind not known"
 
 
 @dataclass
