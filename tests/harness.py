@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import time
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from typing import Any
 from lazymig.demo.hosts import Host
 from lazymig.demo.moves import Move
 from lazymig.demo.writer import Report, Writer
+from lazymig.errors import LazymigError
+from lazymig.process.vmas import Layout
+from lazymig.skeleton.skeleton import Skeleton
 
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 SLOW = 300  # seconds: the deadline of tests that move several times or start big programs
@@ -25,6 +29,24 @@ def wait_for(what: str, condition: Callable[[], object], timeout: float = 20) ->
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {timeout:g} s"
         time.sleep(0.02)
+
+
+def new_skeleton(threads: int = 1) -> Skeleton:
+    """A skeleton with numbers that are free; with others when somebody takes one of them meanwhile."""
+    for tries_left in reversed(range(20)):
+        numbers = random.sample(range(20000, 32000), 2 * threads)
+        tids = [n for n in numbers if not os.path.exists(f"/proc/{n}")][:threads]
+        made: Skeleton | None = None
+        try:
+            made = Skeleton(tids[0], Layout([]))
+            made.set_threads(tids)
+            return made
+        except LazymigError as e:
+            if made is not None:
+                made.kill()
+            if e.code != "pid-taken" or not tries_left:
+                raise
+    raise AssertionError
 
 
 def moved(move: Move) -> Move:

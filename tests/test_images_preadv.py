@@ -7,6 +7,7 @@ import random
 from contextlib import contextmanager
 
 import pytest
+from harness import new_skeleton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images_kit import BASE, PID, layer
@@ -17,9 +18,7 @@ from lazymig.errors import LazymigError, SyscallError
 from lazymig.images.pagemap import PE_PARENT, PE_PRESENT, LayerReader
 from lazymig.kernel.ranges import PAGE
 from lazymig.native import ffi, lib
-from lazymig.process.vmas import Layout
 from lazymig.skeleton.preadv import place_extents, place_files
-from lazymig.skeleton.skeleton import Skeleton
 
 FIXED = 0x100032  # MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, as MAP_NORESERVE does not matter here
 READ, WRITE = 1, 2
@@ -28,13 +27,10 @@ READ, WRITE = 1, 2
 @contextmanager
 def skeleton(areas, threads=1):
     """A skeleton with areas (first page, pages, protection) of anonymous memory; and its /proc/PID/mem."""
-    free = (n for n in range(29000, 32000) if not os.path.exists(f"/proc/{n}"))
-    tids = [next(free) for _ in range(threads)]
-    sk = Skeleton(tids[0], Layout([]))
+    sk = new_skeleton(threads)
     try:
-        sk.set_threads(tids)
         sk.run(*[("mmap", SYS.mmap, BASE + p * PAGE, n * PAGE, prot, FIXED, -1, 0) for p, n, prot in areas])
-        mem = os.open(f"/proc/{tids[0]}/mem", os.O_RDWR | os.O_CLOEXEC)
+        mem = os.open(f"/proc/{sk.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         yield sk, mem
         os.close(mem)
     finally:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from harness import new_skeleton
 
 from lazymig.arch import SYS
 from lazymig.errors import ProtocolError, SyscallError
@@ -22,7 +23,7 @@ from lazymig.migrate.capture import capture
 from lazymig.migrate.target import Target
 from lazymig.pb import core_pb2, mm_pb2, seccomp_pb2
 from lazymig.process import creds, limits, sched, seccomp, state, threads, twins
-from lazymig.process.vmas import Kind, Layout, read_layout, special
+from lazymig.process.vmas import Kind, read_layout, special
 from lazymig.skeleton.skeleton import Skeleton
 
 PRELUDE = """
@@ -102,13 +103,10 @@ def stopped(work: str) -> Iterator[Stopped]:
 
 @contextmanager
 def skeleton(threads: int) -> Iterator[tuple[Skeleton, list[Batch]]]:
-    free = (n for n in range(29000, 32000) if not os.path.exists(f"/proc/{n}"))
-    tids = [next(free) for _ in range(threads)]
-    sk = Skeleton(tids[0], Layout([]))
+    sk = new_skeleton(threads)
     try:
-        sk.set_threads(tids)
-        ptrace.set_options(tids, ptrace.O_EXITKILL | ptrace.O_TRACECLONE | ptrace.O_SUSPEND_SECCOMP)
-        yield sk, [sk.thread_batch(i, t) for i, t in enumerate(tids)]
+        ptrace.set_options(sk.tids, ptrace.O_EXITKILL | ptrace.O_TRACECLONE | ptrace.O_SUSPEND_SECCOMP)
+        yield sk, [sk.thread_batch(i, t) for i, t in enumerate(sk.tids)]
     finally:
         sk.kill()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import msgpack
 import pytest
+from harness import new_skeleton
 from test_process_a import PRELUDE, Stopped, _sigchld, stopped  # noqa: F401 - a fixture
 
 from lazymig.arch import SYS
@@ -36,10 +37,10 @@ def one(b: Batch, steps: Steps) -> object:
 
 
 @contextmanager
-def husk(pid: int, tids: list[int] | None = None) -> Iterator[Skeleton]:
-    sk = Skeleton(pid, Layout([]))
+def husk(tids: list[int] | None = None) -> Iterator[Skeleton]:
+    sk = Skeleton(tids[0], Layout([])) if tids else new_skeleton()
     try:
-        sk.set_threads(tids or [pid])
+        sk.set_threads(tids or sk.tids)
         yield sk
     finally:
         sk.kill()
@@ -52,7 +53,7 @@ def anew(tids: list[int]) -> Iterator[Skeleton]:
     while any(os.path.exists(f"/proc/{t}") for t in tids):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with husk(tids[0], tids) as sk:
+    with husk(tids) as sk:
         yield sk
 
 
@@ -191,7 +192,7 @@ def test_an_interval_timer_whose_signal_waits_still():
         dumped = one(src.batches[0], timers.dump(src.batches[0], src.pid))
     assert (dumped.real.isec, dumped.real.iusec) == (0, 500_000)
     assert (dumped.real.vsec, dumped.real.vusec) == (0, 0)
-    with husk(_free_pid()) as sk:
+    with husk() as sk:
         one(sk.main, timers.restore(sk.main, dumped, sk.pid))
         deadline = time.monotonic() + 5
         while not procfs.status(sk.pid).shared_pending >> 13 & 1:
@@ -201,7 +202,7 @@ def test_an_interval_timer_whose_signal_waits_still():
 
 
 def test_timers_of_kernels_that_number_them_upwards():
-    with husk(_free_pid()) as sk:
+    with husk() as sk:
         wanted = [
             timer_pb2.posix_timer_entry(
                 it_id=i,
@@ -223,10 +224,6 @@ def test_timers_of_kernels_that_number_them_upwards():
         assert [t.value for t in found] == [0, 3, 4, 700]
         with pytest.raises(LazymigError, match="timer-id"):
             one(sk.main, timers.create_by_counting(sk.main, wanted[:1]))
-
-
-def _free_pid() -> int:
-    return next(n for n in range(31000, 32700) if not os.path.exists(f"/proc/{n}"))
 
 
 def test_no_timers_cost_one_run():
@@ -272,7 +269,7 @@ def test_mm():
 
 
 def test_odd_settings_of_memory():
-    with husk(_free_pid()) as sk:
+    with husk() as sk:
         mm = mm_pb2.mm_entry(thp_disable=1, mdwe=1)
         assert one(sk.main, prctl.restore_last(sk.main, mm)) == []
         answers = sk.run(("thp", SYS.prctl, 42, 0, 0, 0, 0), ("mdwe", SYS.prctl, 66, 0, 0, 0, 0))
@@ -280,7 +277,7 @@ def test_odd_settings_of_memory():
 
 
 def test_unsound_numbers_of_an_address_space():
-    with husk(_free_pid()) as sk:
+    with husk() as sk:
         mm = mm_pb2.mm_entry(mm_start_code=1 << 63)
         with pytest.raises(SyscallError, match="PR_SET_MM_MAP"):
             one(sk.main, prctl.restore_mm(sk.main, mm, None, sk.pid))
