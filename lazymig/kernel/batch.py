@@ -131,6 +131,7 @@ class Batch:
         self.region = region
         self.tid = tid
         self.regs = regs
+        self.regs_cdata = ffi.from_buffer("lm_regs *", regs)
         self.max_calls = max_calls
         self.settle = settle
         self._table = offset
@@ -385,9 +386,8 @@ def run_batches(
 def _run(batches: Sequence[Batch], timeout_ns: int) -> None:
     runners = ffi.new("lm_runner[]", len(batches))
     for r, b in zip(runners, batches, strict=True):
-        r.tid, r.table = b.tid, b.table
+        r.tid, r.table, r.regs = b.tid, b.table, b.regs_cdata
         r.settle, r.mask = b.settle is not None, b.settle or 0
-        ffi.memmove(ffi.addressof(r, "regs"), b.regs, len(b.regs))
     if batches:
         result = lib.lm_run_batches(runners, len(batches), batches[0].region.code, timeout_ns)
         ptrace.check(result, "running system calls inside it", f"thread {batches[0].tid}")

@@ -5,11 +5,15 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
-#include "ptrace.h"
+#include "lazymig/arch/x86_64/arch.h"
 
-enum { STATUS = 16384 }; /* more than a status file has, however many groups a thread is in */
+enum {
+	STATUS = 16384, /* more than a status file has, however many groups a thread is in */
+	AT_ONCE = 256,  /* batches; IOV_MAX is 1024 */
+};
 
 static uint64_t table(const lm_score *s)
 {
@@ -54,27 +58,35 @@ void lm_chorus_alike(const uint8_t *view, uint64_t lead, const uint64_t *at, uin
 			alike[i] = 0;
 }
 
-/* Little lies between the table and the data where a call costs more than bytes do: it is moved along. */
-lm_result lm_chorus_flush(int32_t pid, uint64_t base, const uint8_t *view, const uint64_t *at, uint64_t n, const lm_score *s)
-{
-	for (uint64_t i = 0; i < n; i++) {
-		lm_result r = lm_poke(pid, base + at[i], view + at[i], s->end);
+typedef ssize_t mover(pid_t, const struct iovec *, unsigned long, const struct iovec *, unsigned long, unsigned long);
 
-		if (r.err)
-			return lm_fail(i, r.err);
+/* What lies between the table and the data is moved along: a call costs more than these bytes do. */
+static lm_result move(mover *m, int32_t pid, uint64_t base, uint8_t *view, const uint64_t *at, uint64_t n, const lm_score *s)
+{
+	struct iovec here[AT_ONCE], there[AT_ONCE];
+
+	for (uint64_t i = 0; i < n; i += AT_ONCE) {
+		uint64_t k = n - i < AT_ONCE ? n - i : AT_ONCE;
+
+		for (uint64_t j = 0; j < k; j++) {
+			here[j] = (struct iovec){view + at[i + j], s->end};
+			there[j] = (struct iovec){(void *)(base + at[i + j]), s->end};
+		}
+		ssize_t got = m(pid, here, k, there, k, 0);
+		if (got < 0 || (uint64_t)got != k * s->end)
+			return lm_fail(i + (got < 0 ? 0 : (uint64_t)got / s->end), got < 0 ? errno : EFAULT);
 	}
 	return lm_ok(n);
 }
 
+lm_result lm_chorus_flush(int32_t pid, uint64_t base, const uint8_t *view, const uint64_t *at, uint64_t n, const lm_score *s)
+{
+	return move(process_vm_writev, pid, base, (uint8_t *)view, at, n, s);
+}
+
 lm_result lm_chorus_fetch(int32_t pid, uint64_t base, uint8_t *view, const uint64_t *at, uint64_t n, const lm_score *s)
 {
-	for (uint64_t i = 0; i < n; i++) {
-		lm_result r = lm_peek(pid, base + at[i], view + at[i], s->end);
-
-		if (r.err)
-			return lm_fail(i, r.err);
-	}
-	return lm_ok(n);
+	return move(process_vm_readv, pid, base, view, at, n, s);
 }
 
 static bool has_lines(int32_t tid, const uint8_t *lines, uint64_t len)

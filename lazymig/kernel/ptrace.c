@@ -419,7 +419,7 @@ static void settle_all(lm_runner *runners, uint64_t n, uint64_t deadline)
 		if (r->settle && !r->err)
 			r->err = wait_interrupted(r->tid, deadline);
 		if (r->settle && !r->err)
-			r->err = put_back(r->tid, &r->regs, r->mask);
+			r->err = put_back(r->tid, r->regs, r->mask);
 	}
 }
 
@@ -430,7 +430,7 @@ lm_result lm_run_batches(lm_runner *runners, uint64_t n, uint64_t blob, uint64_t
 
 	for (uint64_t i = 0; i < n; i++) {
 		struct user_regs_struct r;
-		memcpy(&r, &runners[i].regs, sizeof r);
+		memcpy(&r, runners[i].regs, sizeof r);
 		lm_arch_enter_blob(&r, blob, runners[i].table);
 		runners[i].err = 0;
 		/* Signals wait meanwhile: a handler would run with these registers. */

@@ -20,9 +20,9 @@ typedef struct {
 typedef struct {
 	int32_t tid;
 	int32_t err;
-	uint64_t table; /* address of the first lm_call in the thread's own memory */
-	lm_regs regs;   /* the registers it has otherwise */
-	uint64_t settle; /* whether it has them again afterwards, with this signal mask; see lm_settle */
+	uint64_t table;      /* address of the first lm_call in the thread's own memory */
+	const lm_regs *regs; /* the registers it has otherwise */
+	uint64_t settle;     /* whether it has them again afterwards, with this signal mask; see lm_settle */
 	uint64_t mask;
 } lm_runner;
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 
+from lazymig.arch import PAGE_SIZE
 from lazymig.kernel.batch import blob
 from lazymig.native import CData, ffi
 
@@ -32,6 +33,16 @@ class SharedRegion:
         # First touches cost up to a hundred times more than second ones, and the next comes in the freeze.
         self._map[:_TOUCHED] = bytes(_TOUCHED)
         self._map[CODE_OFFSET : CODE_OFFSET + len(code)] = code
+
+    @staticmethod
+    def slot(n: int) -> int:
+        """Where the batch of thread ``n`` begins; the main one, number 0, has a larger one before them."""
+        return MAIN_OFFSET + MAIN_SIZE + (n - 1) * THREAD_SIZE
+
+    def touch(self, start: int, end: int) -> None:
+        """Writes a zero into each page of [start, end)."""
+        for at in range(start, end, PAGE_SIZE):
+            self._map[at] = 0
 
     @property
     def code(self) -> int:

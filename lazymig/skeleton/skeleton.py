@@ -119,8 +119,8 @@ class Skeleton:
         """A batch for one thread; slot 0 is the main thread's own."""
         if slot == 0:
             return self.main
-        offset = rg.MAIN_OFFSET + rg.MAIN_SIZE + (slot - 1) * rg.THREAD_SIZE
-        return Batch(self.region, tid, self.base_regs, offset=offset, size=rg.THREAD_SIZE, max_calls=64)
+        at = self.region.slot(slot)
+        return Batch(self.region, tid, self.base_regs, offset=at, size=rg.THREAD_SIZE, max_calls=64)
 
     def keep_clear_of(self, ranges: RangeSet, layout: RangeSet) -> None:
         """Moves the region when something is to be mapped where it lies; ``layout`` is all that is mapped."""
@@ -252,10 +252,12 @@ class Skeleton:
             )
         for tid in [t for t in self.tids if t not in tids]:
             self._end_thread(tid)
-        for tid in tids:
-            if tid not in self.tids:
-                self._make_thread(tid)
+        new = [t for t in tids if t not in self.tids]
+        for tid in new:
+            self._make_thread(tid)
         self.tids = list(tids)
+        if new:  # first touches of their parts of the region would come in the freeze else
+            self.region.touch(self.region.slot(1), self.region.slot(len(tids)))
 
     def _make_thread(self, tid: int) -> None:
         wanted = self.main.put(tid.to_bytes(4, "little"))
