@@ -14,13 +14,15 @@ from contextlib import contextmanager
 import pytest
 from harness import wait_for
 from test_process_a import PRELUDE, _sigchld  # noqa: F401 - a fixture
+from test_process_b import husk
 
 from lazymig.arch import SYS, Registers
-from lazymig.errors import SyscallError
+from lazymig.errors import LazymigError, SyscallError
 from lazymig.kernel import procfs, ptrace
-from lazymig.kernel.batch import run_batches
+from lazymig.kernel.batch import run_batches, run_steps
 from lazymig.migrate.capture import capture
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
+from lazymig.pb import sa_pb2
 from lazymig.process import signals, state, threads
 
 programs: dict[int, subprocess.Popen[bytes]] = {}
@@ -86,6 +88,15 @@ def test_sigtrap_is_the_programs_own(action):
         assert (handler == signal.SIG_IGN) == ("IGN" in action)
         assert signals.trap_action(actions)
         assert handled(t.pid) == before
+
+
+def test_sigtrap_is_ignored_at_the_destination_too():
+    actions = [sa_pb2.sa_entry(sigaction=0, flags=0, restorer=0, mask=0) for _ in signals.NUMBERS]
+    actions[signals.NUMBERS.index(signal.SIGTRAP)].sigaction = signal.SIG_IGN
+    with husk(next(n for n in range(29000, 32000) if not os.path.exists(f"/proc/{n}"))) as sk:
+        run_steps(sk.main, signals.restore_actions(sk.main, actions))
+        sk.remove_region(signals.restore_actions(sk.main, actions), signals.trap_action(actions))
+        assert "SigIgn:\t0000000000000010\n" in handled(sk.pid)
 
 
 TRAP_FLAG = 0x100
@@ -209,3 +220,43 @@ def test_a_signal_without_a_handler_interrupts_nothing(call, here):
             t._stopped = None
         t.let_run()
         assert said(t) == "1 0"
+
+
+DISPATCHED = """
+signal.signal(signal.SIGSYS, lambda *a: None)
+selector = ctypes.create_string_buffer(b"\\1")  # PR_SYS_DISPATCH_ON for all that is above
+vdso = next(line for line in open("/proc/self/maps") if "[vdso]" in line)
+in_thread(lambda: prctl(59, 1, 0x1000, int(vdso.partition("-")[0], 16) - 0x1000, ctypes.addressof(selector)))
+"""
+
+
+def test_a_program_that_handles_its_system_calls_itself_is_left_alone():
+    """What is called in it would end in its handler for SIGSYS, or in its death."""
+    with target(DISPATCHED) as t:
+        before = handled(t.pid)
+        with pytest.raises(LazymigError, match="syscall-dispatch"):
+            t.stop()
+        assert handled(t.pid) == before
+
+
+VFORK = """
+import mmap
+m = mmap.mmap(-1, 4096, prot=7)
+m.write(bytes.fromhex(
+    "5a b83a000000 0f05 52 85c0 752a"  # pop rdx; vfork(); push rdx; in the parent: return
+    "4883ec20 48c7042401000000 48c74424080065cd1d 4889e7 31f6 b823000000 0f05"  # nanosleep() of 1.5 s
+    "b83c000000 31ff 0f05 c3"  # exit(0)
+))
+vfork = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))
+threading.Thread(target=lambda: (vfork(), time.sleep(1000)), daemon=True).start()
+while not open(f"/proc/self/task/{os.getpid()}/children").read() and not any(
+    open(f"/proc/self/task/{t}/children").read() for t in os.listdir("/proc/self/task")
+): pass
+"""
+
+
+def test_a_thread_that_no_stop_reaches_for_long():
+    """Its child lives in its memory as yet (vfork(2)): it is in the kernel, and cannot be let go of either."""
+    with target(VFORK) as t:
+        assert len(t.stop().threads) == 2
+        t.let_run()

@@ -16,11 +16,18 @@
 #include <unistd.h>
 
 #define GET_RSEQ_CONFIGURATION 0x420f /* linux/ptrace.h; the system's header may be older */
+#define GET_SYSCALL_USER_DISPATCH_CONFIG 0x4211
 #define STOP_EVENT(status) ((status) >> 16)
+
+enum { LET_GO_NS = 250000000 };
 
 struct rseq_configuration {
 	uint64_t ptr;
 	uint32_t size, signature, flags, pad;
+};
+
+struct dispatch_configuration {
+	uint64_t mode, selector, offset, len;
 };
 
 static uint64_t now_ns(void)
@@ -122,8 +129,14 @@ static uint64_t seize_new(int32_t pid, int32_t *tids, uint64_t n, uint64_t cap, 
 		if (ptrace(PTRACE_SEIZE, tid, 0, 0) == -1) {
 			if (errno == ESRCH || (errno == EPERM && ended(pid, tid)))
 				continue; /* it ended meanwhile */
-			*err = errno;
-			break;
+			/* One that could not be stopped last time, and so not let go either, is ours still. */
+			int why = errno;
+			if (why != EPERM || ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1) {
+				*err = why;
+				break;
+			}
+			tids[n++] = tid;
+			continue;
 		}
 		ptrace(PTRACE_INTERRUPT, tid, 0, 0);
 		tids[n++] = tid;
@@ -183,19 +196,22 @@ lm_result lm_detach_all(const int32_t *tids, uint64_t n, int32_t sig)
 	uint64_t done = 0;
 	int err = 0;
 
-	for (uint64_t i = n; i-- > 0;) {
-		if (ptrace(PTRACE_DETACH, tids[i], 0, sig) == 0) {
+	/* First those that stand: none of them is to wait for one that does not. */
+	for (uint64_t i = n; i-- > 0;)
+		if (ptrace(PTRACE_DETACH, tids[i], 0, sig) == 0)
 			done++;
-			continue;
-		}
-		/* A thread that is not stopped cannot be detached: stop it, then let it go. */
+	for (uint64_t i = n; done < n && i-- > 0;) {
 		int32_t st;
-		if (ptrace(PTRACE_INTERRUPT, tids[i], 0, 0) == 0 && !lm_wait(tids[i], 1000000000, &st).err) {
-			int s = STOP_EVENT(st) ? 0 : WSTOPSIG(st);
-			ptrace(PTRACE_DETACH, tids[i], 0, s);
+
+		/* A thread that is not stopped cannot be detached: stop it, then let it go. (ESRCH: it is gone, or free.) */
+		if (ptrace(PTRACE_INTERRUPT, tids[i], 0, 0) == -1)
+			continue;
+		lm_result r = lm_wait(tids[i], LET_GO_NS, &st);
+		if (!r.err) {
+			ptrace(PTRACE_DETACH, tids[i], 0, STOP_EVENT(st) ? 0 : WSTOPSIG(st));
 			done++;
-		} else if (errno != ESRCH && !err) {
-			err = errno;
+		} else if (r.err != ESRCH && !err) {
+			err = r.err;
 		}
 	}
 	return lm_fail(done, err);
@@ -205,6 +221,7 @@ lm_result lm_thread_read(int32_t tid, lm_thread *out, uint8_t *xstate, uint64_t 
 {
 	struct iovec xs = {xstate, cap};
 	struct rseq_configuration rq = {0};
+	struct dispatch_configuration dispatch;
 	void *head = NULL;
 	size_t len = 0;
 
@@ -223,6 +240,8 @@ lm_result lm_thread_read(int32_t tid, lm_thread *out, uint8_t *xstate, uint64_t 
 		if (r.err)
 			return r;
 	}
+	if (ptrace(GET_SYSCALL_USER_DISPATCH_CONFIG, tid, sizeof dispatch, &dispatch) == 0)
+		out->dispatch = dispatch.mode;
 	if (syscall(SYS_get_robust_list, tid, &head, &len) == 0) {
 		out->robust_head = (uint64_t)head;
 		out->robust_len = len;

@@ -13,6 +13,7 @@ typedef struct {
 	uint64_t rseq_ptr;
 	uint32_t rseq_size, rseq_sig;
 	uint64_t rseq_cs; /* the critical section the thread is in, or 0; running a batch would lose it */
+	uint64_t dispatch; /* its mode of syscall user dispatch, 0: off */
 	uint64_t xstate_len;
 } lm_thread;
 

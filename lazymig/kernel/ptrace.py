@@ -57,6 +57,7 @@ class ThreadState:
     rseq_cs: int
     xstate: bytes
     restarting: int = 0  # the call behind a restart_syscall(2) that an earlier stop brought about, else 0
+    dispatch: int = 0  # whether its system calls are dispatched to itself (prctl(2)): never of one that moves
 
 
 def seize(tid: int, options: int = 0) -> None:
@@ -106,6 +107,7 @@ def read_thread(tid: int) -> ThreadState:
         t.rseq_sig,
         t.rseq_cs,
         bytes(ffi.buffer(_xstate, t.xstate_len)),
+        dispatch=t.dispatch,
     )
 
 

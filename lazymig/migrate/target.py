@@ -136,11 +136,23 @@ class Target:
         self._stopped = Stopped([])
         try:
             self._stopped.threads = [self._remember_call(ptrace.read_thread(t)) for t in tids]
+            self._no_dispatch()
         except BaseException:
             self._stopped = None
             ptrace.detach_all(tids)
             raise
         return self._stopped
+
+    def _no_dispatch(self) -> None:
+        """Calls made in such a thread would be SIGSYS for it, and fatal."""
+        for t in self.stopped.threads:
+            if t.dispatch:
+                raise LazymigError(
+                    "it has its system calls dispatched to itself (PR_SET_SYSCALL_USER_DISPATCH)",
+                    code="syscall-dispatch",
+                    subject=f"thread {t.tid}",
+                    hint="switch that off in the program; Wine is one that does so",
+                )
 
     def _remember_call(self, t: ThreadState) -> ThreadState:
         """Keeps the number of a call that goes on after this stop as restart_syscall(2).
