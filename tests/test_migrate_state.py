@@ -80,6 +80,15 @@ def test_what_is_odd_about_a_process_stays(pair):
     before.same(Snapshot(pair.destination, writer.pid), layout=False)
 
 
+def test_each_thread_keeps_what_no_other_has(pair):
+    out = pair.tmp / "out"
+    program = Watched(pair.source, out, sys.executable, PROGRAMS / "odd_threads.py", out)
+    program.goes_on(3, "traps", "ticks", "rounds")
+    moved(pair.move(program.pid))
+    program.host = pair.destination
+    program.goes_on(5, "traps", "ticks", "rounds")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_appended_lines_are_all_there_once(pair, mode):
     lines = pair.tmp / "lines"

@@ -204,7 +204,7 @@ def test_threads_keep_attributes_of_their_own():
         "def other():\n"
         "    sysc(141, 0, 0, 7); sysc(251, 1, 0, 2 << 13 | 3); prctl(29, 123456)\n"
         "    os.sched_setaffinity(0, {0}); prctl(33, 1, 1); prctl(26, 1)\n"
-        "    sysc(117, 77, 77, 0)\n"
+        "    sysc(117, 77, 77, 0); sysc(135, 0x0040000)\n"
         "in_thread(other)\n"
         "os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(5))\n"
     )
@@ -214,6 +214,7 @@ def test_threads_keep_attributes_of_their_own():
     assert (other.sched_nice, other.io_priority) == (7, 2 << 13 | 3)
     assert other.timer_slack_ns == 123456
     assert other.mce_kill == 1
+    assert (main.personality, other.personality) == (0, 0x40000)
     assert other.sched.affinity
     assert main.sched.affinity == b""
 

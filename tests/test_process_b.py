@@ -467,6 +467,7 @@ ODD = [
     ("threads-apart", "in_thread(lambda: sysc(272, 0x200))", False),
     ("cwd-deleted", "import tempfile; d = out = tempfile.mkdtemp(); os.chdir(d); os.rmdir(d)", True),
     ("personality", "sysc(135, 0x0800000)", False),
+    ("personality", "in_thread(lambda: (sysc(135, 0x0800000), globals().update(out=threading.get_native_id())))", True),
     ("namespace", "sysc(272, 0x20000)", False),
     ("namespace", "sysc(272, 0x40000080)", False),
     ("namespace", "sysc(272, 0x20000000)", False),

@@ -102,6 +102,8 @@ def from_cores(
         thread.CopyFrom(core.thread_core)
         images.append(_thread(tid, core, core.tc.blk_sigset if i == 0 else thread.blk_sigset, xstate_size))
         _fill_in(thread, mm)
+        if not thread.HasField("personality"):
+            thread.personality = cores[0][1].tc.personality
         state = state_pb2.ThreadState(core=thread)
         if thread.seccomp_mode == core_pb2.filter:
             state.seccomp.CopyFrom(chain_of(chains, thread.seccomp_filter, subject))

@@ -148,11 +148,17 @@ def _named(pid: int) -> str:
 
 
 def _personality(pid: int) -> Iterator[Refusal]:
-    bits = int(procfs.text(pid, "personality"), 16)
-    for bit, name in _LIMITED_ADDRESSES.items():
-        if bits & bit:
-            reason = f"its personality is odd ({name}): its addresses are limited"
-            yield Refusal("personality", f"pid {pid}", reason, "start it without setarch or linux32")
+    """Each thread has one of its own."""
+    for tid in procfs.tids(pid):
+        try:
+            bits = int(procfs.text(tid, "personality"), 16)
+        except (FileNotFoundError, ProcessGoneError):
+            continue
+        for bit, name in _LIMITED_ADDRESSES.items():
+            if bits & bit:
+                reason = f"its personality is odd ({name}): its addresses are limited"
+                what = f"pid {pid}" if tid == pid else f"thread {tid}"
+                yield Refusal("personality", what, reason, "start it without setarch or linux32")
 
 
 def _ancestors() -> set[int]:

@@ -38,6 +38,7 @@ _PR_GET_SPECULATION_CTRL, _PR_SET_SPECULATION_CTRL = 52, 53
 _SPECULATION_KINDS = 3  # store bypass, indirect branch, L1D flush
 _SPEC_PRCTL, _SPEC_SETTABLE = 1, 2 | 4 | 8 | 16
 _PR_SET_IO_FLUSHER, _PR_GET_IO_FLUSHER = 57, 58
+_PERSONALITY_GET = 0xFFFFFFFF
 _ARCH_GET_CPUID, _ARCH_SET_CPUID = 0x1011, 0x1012
 
 
@@ -70,6 +71,7 @@ def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
     c_cpuid = b.call(SYS.arch_prctl, _ARCH_GET_CPUID, 0)
     spec = [b.call(SYS.prctl, _PR_GET_SPECULATION_CTRL, kind, 0, 0, 0) for kind in range(_SPECULATION_KINDS)]
     c_flusher = b.call(SYS.prctl, _PR_GET_IO_FLUSHER, 0, 0, 0, 0)
+    c_personality = b.call(SYS.personality, _PERSONALITY_GET)
     c_numa = b.call(SYS.get_mempolicy, mode.addr, nodes.addr, _NODES_BITS, 0, 0)
     yield
     c_attr.check("sched_getattr", subject)
@@ -93,6 +95,7 @@ def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
     core.cpuid_faulting = c_cpuid.ret == 0
     core.speculation.extend(c.ret for c in spec)
     core.io_flusher = c_flusher.ret == 1
+    core.personality = c_personality.check("personality", subject)
     if c_numa.ret == 0 and (policy_mode := int.from_bytes(mode.data, "little")) != _MPOL_DEFAULT:
         core.numa.mode, core.numa.nodes = policy_mode, nodes.data
 
@@ -122,6 +125,8 @@ def restore(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]
         done.append(("arch_prctl(ARCH_SET_CPUID)", b.call(SYS.arch_prctl, _ARCH_SET_CPUID, 0)))
     if core.io_flusher:
         done.append(("prctl(PR_SET_IO_FLUSHER)", b.call(SYS.prctl, _PR_SET_IO_FLUSHER, 1, 0, 0, 0)))
+    if core.HasField("personality"):
+        done.append(("personality", b.call(SYS.personality, core.personality)))
     if core.HasField("numa"):
         nodes = b.put(core.numa.nodes.ljust(_NODES_SIZE, b"\0"))
         done.append(("set_mempolicy", b.call(SYS.set_mempolicy, core.numa.mode, nodes, _NODES_BITS)))

@@ -22,6 +22,8 @@ _THREAD_ID, _NONE = 4, 1  # SIGEV_*
 _PR_TIMER_CREATE_RESTORE_IDS = 77  # Linux 6.15
 _AT_ONCE = 200
 _MOST = 1 << 16
+# The processor time of the thread that makes the timer, and of any one (posix-timers.h of the kernel: CPUCLOCK_*).
+_MAKERS_CLOCK, _A_THREADS_CLOCK = -2, 6
 _MOST_UNWANTED = 1 << 16  # ids counted through where they cannot be chosen
 
 
@@ -111,7 +113,14 @@ def _check(calls: Sequence[tuple[str, Call]]) -> None:
 
 
 def _clock(t: timer_pb2.posix_timer_entry) -> int:
-    return t.clock_id - (1 << 32) if t.clock_id >> 31 else t.clock_id
+    """Whose processor time it is when not that of the main thread, which makes all: that of whom it notifies.
+
+    The kernel does not tell who made a timer; that it notifies its maker is what thread's timers are for.
+    """
+    clock: int = t.clock_id - (1 << 32) if t.clock_id >> 31 else t.clock_id
+    if clock == _MAKERS_CLOCK and t.it_sigev_notify & _THREAD_ID:
+        return ~t.notify_thread_id << 3 | _A_THREADS_CLOCK
+    return clock
 
 
 def _create(b: Batch, t: timer_pb2.posix_timer_entry, wanted: int) -> tuple[Call, int]:
