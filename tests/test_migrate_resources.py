@@ -238,3 +238,37 @@ def test_nameless_memory_that_is_made_while_it_is_copied(pair, mode, state, some
         moved(running.finish())
     program.host = pair.destination
     program.goes_on(3)
+
+
+FULL = """
+import ctypes, mmap, os, resource, sys, time
+sys.path.insert(0, sys.argv[2])
+from reporting import Reporter
+out = Reporter(sys.argv[1])
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+low, high, flags = 0x80_0000_0000, 0x5400_0000_0000, 0x104022  # private, anonymous, not reserved, not replacing
+out.check(libc.mmap(low, high - low, 0, flags, -1, 0) == low, "addresses")
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+while True:
+    out.check(resource.getrlimit(resource.RLIMIT_NOFILE) == limits, "limits")
+    try:
+        os.close(os.dup(0))
+        out.fail("there is room for a descriptor")
+    except OSError:
+        pass
+    out.report()
+    time.sleep(0.05)
+"""
+
+
+def test_a_process_with_no_number_and_hardly_an_address_left(pair):
+    """As under ThreadSanitizer, which reserves nearly all addresses; and no further descriptor is allowed."""
+    out = pair.tmp / "out"
+    program = Watched(pair.source, out, sys.executable, "-c", FULL, out, PROGRAMS)
+    moved(pair.move(program.pid))
+    program.host = pair.destination
+    program.goes_on(3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -370,7 +371,8 @@ class Target:
         self.stop()
         try:
             with self.injection() as inj:
-                fd = inj.step("userfaultfd", SYS.userfaultfd, _O_CLOEXEC_NONBLOCK | _UFFD_USER_MODE_ONLY)
+                with self._room_for_one():
+                    fd = inj.step("userfaultfd", SYS.userfaultfd, _O_CLOEXEC_NONBLOCK | _UFFD_USER_MODE_ONLY)
                 try:
                     ours = self.source.getfd(fd)
                 finally:
@@ -386,6 +388,30 @@ class Target:
             uffd.close()
             raise
         return uffd
+
+    @contextlib.contextmanager
+    def _room_for_one(self) -> Iterator[None]:
+        """Lets the stopped process have one more descriptor than it has, if it is allowed no more."""
+        soft, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+        count = len(self.source.fds())
+        if soft == resource.RLIM_INFINITY or count < soft:
+            yield
+            return
+        enough = count + 1  # the kernel gives the lowest number that is free
+        most = hard if hard == resource.RLIM_INFINITY else max(hard, enough)
+        try:
+            resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (enough, most))
+        except PermissionError:
+            raise LazymigError(
+                f"it has as many descriptors as it may ({count}), and tracking takes one for a moment",
+                code="no-descriptor",
+                subject=f"pid {self.pid}",
+                hint=f"let it have one more (prlimit --pid {self.pid} --nofile={enough}), or use --mode postcopy",
+            ) from None
+        try:
+            yield
+        finally:
+            resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (soft, hard))
 
     def replant_tracker(self) -> None:
         """After exec: the old address space is gone, and all that was known of it."""

@@ -43,6 +43,9 @@ _F_DUPFD_CLOEXEC = 1030
 _O_CLOEXEC = 0o2000000
 _CLONE_THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM
 _REGION_BASES = [0x0100_0000_0000 + i * 0x10_0000_0000 for i in range(256)]
+_ELSEWHERE = RangeSet.span(
+    0x1000_0000, 0x5500_0000_0000
+)  # above, position-independent programs and libraries lie
 
 
 def choose_base(taken: RangeSet) -> int:
@@ -50,7 +53,15 @@ def choose_base(taken: RangeSet) -> int:
     for base in _REGION_BASES:
         if not taken & RangeSet.span(base, base + rg.SIZE):
             return base
-    raise LazymigError("no room for the skeleton's own area among the process's mappings", code="no-room")
+    # ThreadSanitizer and its like reserve nearly all addresses.
+    start, end = max(_ELSEWHERE - taken, key=lambda r: r[1] - r[0], default=(0, 0))
+    if end - start >= rg.SIZE:
+        return (start + end - rg.SIZE) // 2 & -4096
+    raise LazymigError(
+        "no room for the skeleton's own area among the process's mappings",
+        code="no-room",
+        hint=f"it takes {rg.SIZE >> 20} MiB of addresses below {_ELSEWHERE[0][1]:#x} that are not mapped",
+    )
 
 
 class Skeleton:
