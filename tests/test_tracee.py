@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,9 +21,11 @@ from lazymig.arch import SYS, Registers
 from lazymig.errors import LazymigError, SyscallError
 from lazymig.kernel import procfs, ptrace
 from lazymig.kernel.batch import run_batches, run_steps
+from lazymig.kernel.inject import PrivateRegion
 from lazymig.migrate.capture import capture
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
-from lazymig.pb import sa_pb2
+from lazymig.native import ffi
+from lazymig.pb import core_pb2, sa_pb2
 from lazymig.process import signals, state, threads
 
 programs: dict[int, subprocess.Popen[bytes]] = {}
@@ -93,7 +96,7 @@ def test_sigtrap_is_the_programs_own(action):
 def test_sigtrap_is_ignored_at_the_destination_too():
     actions = [sa_pb2.sa_entry(sigaction=0, flags=0, restorer=0, mask=0) for _ in signals.NUMBERS]
     actions[signals.NUMBERS.index(signal.SIGTRAP)].sigaction = signal.SIG_IGN
-    with husk(next(n for n in range(29000, 32000) if not os.path.exists(f"/proc/{n}"))) as sk:
+    with husk() as sk:
         run_steps(sk.main, signals.restore_actions(sk.main, actions))
         sk.remove_region(signals.restore_actions(sk.main, actions), signals.trap_action(actions))
         assert "SigIgn:\t0000000000000010\n" in handled(sk.pid)
@@ -260,3 +263,38 @@ def test_a_thread_that_no_stop_reaches_for_long():
     with target(VFORK) as t:
         assert len(t.stop().threads) == 2
         t.let_run()
+
+
+def test_who_writes_to_its_memory_makes_it_nobody_else(monkeypatch):
+    """It may share its memory, or its user may write to it, just when it answers what it is."""
+    work = "prctl(38, 1); filters(deny(169, 1)); os.setgroups([12345]); os.setresgid(*[12345] * 3)\n"
+    with target(work + "os.setresuid(*[12345] * 3)\nin_thread(lambda: None)") as t:
+        fetch, ours = PrivateRegion.fetch, (12345).to_bytes(4, "little")
+
+        def forged(region: PrivateRegion, start: int, end: int) -> None:
+            fetch(region, start, end)
+            data = ffi.buffer(region.view() + start, end - start)
+            data[:] = data[:].replace(ours, bytes(4))
+            for at in range(0, (end - start) // 64 * 64, 64):
+                number, option = struct.unpack_from("<qQ", data, at)
+                if (number, option) == (SYS.prctl, 21):  # PR_GET_SECCOMP
+                    struct.pack_into("<q", data, at + 56, 0)
+
+        monkeypatch.setattr(PrivateRegion, "fetch", forged)
+        with t.paused(), capture(t) as c:
+            for message in c.thread_states:
+                core = state.thread_state(message).core
+                creds = core.creds
+                ids = (
+                    creds.uid,
+                    creds.euid,
+                    creds.suid,
+                    creds.fsuid,
+                    creds.gid,
+                    creds.egid,
+                    creds.sgid,
+                    creds.fsgid,
+                )
+                assert set(ids) == {12345}
+                assert list(creds.groups) == [12345]
+                assert core.seccomp_mode == core_pb2.filter

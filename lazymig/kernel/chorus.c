@@ -89,8 +89,10 @@ lm_result lm_chorus_fetch(int32_t pid, uint64_t base, uint8_t *view, const uint6
 	return move(process_vm_readv, pid, base, view, at, n, s);
 }
 
+/* `lines` are of two places, with a zero between them. */
 static bool has_lines(int32_t tid, const uint8_t *lines, uint64_t len)
 {
+	size_t first = strnlen((const char *)lines, len), rest = first < len ? first + 1 : len;
 	char path[32], text[STATUS];
 	ssize_t got = -1;
 
@@ -100,7 +102,7 @@ static bool has_lines(int32_t tid, const uint8_t *lines, uint64_t len)
 		got = read(fd, text, sizeof text);
 		close(fd);
 	}
-	return got > 0 && memmem(text, (size_t)got, lines, len);
+	return got > 0 && memmem(text, (size_t)got, lines, first) && memmem(text, (size_t)got, lines + rest, len - rest);
 }
 
 void lm_status_alike(const int32_t *tids, uint64_t n, const uint8_t *lines, uint64_t len, uint8_t *alike)

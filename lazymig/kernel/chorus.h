@@ -23,7 +23,7 @@ void lm_chorus_alike(const uint8_t *view, uint64_t lead, const uint64_t *at, uin
 /* Moves what is in use of each between the view and the region of another process (done: how many batches). */
 lm_result lm_chorus_flush(int32_t pid, uint64_t base, const uint8_t *view, const uint64_t *at, uint64_t n, const lm_score *s);
 lm_result lm_chorus_fetch(int32_t pid, uint64_t base, uint8_t *view, const uint64_t *at, uint64_t n, const lm_score *s);
-/* Clears alike[i] where the lines of /proc/TID/status from "CapInh" to "NoNewPrivs" are not `lines`. */
+/* Clears alike[i] where /proc/TID/status has not the lines of `lines`: some, a zero, and some from further down. */
 void lm_status_alike(const int32_t *tids, uint64_t n, const uint8_t *lines, uint64_t len, uint8_t *alike);
 /* cffi: end */
 

@@ -18,9 +18,10 @@ from lazymig.pb import core_pb2, creds_pb2
 _CAP_HEADER = struct.pack("<Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
 _CAP_DATA = struct.Struct("<6I")  # effective, permitted, inheritable: low words, then the high ones
 _CAPS = range(41)  # all there are up to Linux 6.18
-_STATUS = re.compile(rb"^(Cap(?:Inh|Prm|Eff|Bnd|Amb)|NoNewPrivs):\t([0-9a-f]+)$", re.MULTILINE)
-_STATUS_LINES = 6
-_FEW_GROUPS = 256  # as many as are asked for at once
+_STATUS = re.compile(rb"^(Cap(?:Inh|Prm|Eff|Bnd|Amb)|NoNewPrivs|Seccomp):\t([0-9a-f]+)$", re.MULTILINE)
+_IDS = re.compile(rb"^(Uid|Gid|Groups):\t([0-9\t ]*)$", re.MULTILINE)
+_STATUS_LINES, _ID_LINES = 6, 3
+_MODES = {1: core_pb2.strict, 2: core_pb2.filter}
 
 _PR_GET_PDEATHSIG, _PR_SET_PDEATHSIG = 2, 1
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
@@ -32,7 +33,6 @@ _PR_CAP_AMBIENT, _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 47, 2, 4
 # While users change: KEEP_CAPS and NO_SETUID_FIXUP, so that no capability is lost on the way (linux/securebits.h).
 _KEEP_ALL = 1 << 4 | 1 << 2
 _MAX_CALLS = 48  # in one run; a thread's batch holds 64
-_SAME = 0xFFFFFFFF  # no valid id: setfsuid and setfsgid only tell
 
 
 def _words(bits: int) -> list[int]:
@@ -44,66 +44,62 @@ def _bits(words: Iterable[int]) -> int:
 
 
 def status_lines(tid: int) -> bytes:
-    """The Cap and NoNewPrivs lines of /proc/TID/status (proc(5)), about 20 us: threads that have them alike are alike.
+    """Some lines of /proc/TID/status (proc(5)), about 20 us: Uid to Groups, a zero, CapInh to Seccomp.
 
-    Asking for a bounding set takes a call for each capability, which is far more for a process of many threads.
+    Threads that have them alike are alike. Asking for a bounding set takes a call for each capability, which is far
+    more for a process of many threads. And what a process may do is asked of the kernel, not of the process: the
+    answers to calls inside it lie in its memory, where whoever else writes to that could make it root elsewhere.
     """
     fd = os.open(f"/proc/{tid}/status", os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = os.read(fd, 1 << 20)
     finally:
         os.close(fd)
-    start = text.find(b"\nCapInh:")
-    return text[start : text.find(b"\n", text.find(b"\nNoNewPrivs:", start) + 1) + 1]
+    return (
+        _lines(text, b"\nUid:", b"\nGroups:")
+        + b"\0"
+        + _lines(text, b"\nCapInh:", b"\nSeccomp:", b"\nNoNewPrivs:")
+    )
 
 
-def _read_status(tid: int) -> dict[str, int]:
-    found = {name.decode(): int(value, 16) for name, value in _STATUS.findall(status_lines(tid))}
-    if len(found) != _STATUS_LINES:
-        raise LazymigError("capabilities not found in /proc", code="bad-procfs", subject=f"thread {tid}")
-    return found
+def _lines(text: bytes, first: bytes, *last: bytes) -> bytes:
+    start = text.find(first)
+    end = next((at for name in last if (at := text.find(name, start)) >= 0), start)
+    return text[start : text.find(b"\n", end + 1) + 1]
+
+
+def _read_status(tid: int) -> tuple[dict[str, int], dict[str, list[int]]]:
+    lines = status_lines(tid)
+    found = {name.decode(): int(value, 16) for name, value in _STATUS.findall(lines)}
+    ids = {name.decode(): list(map(int, value.split())) for name, value in _IDS.findall(lines)}
+    if len(found) < _STATUS_LINES or len(ids) != _ID_LINES:
+        raise LazymigError("credentials not found in /proc", code="bad-procfs", subject=f"thread {tid}")
+    return found, ids
 
 
 def dump(b: Batch, core: core_pb2.thread_core_entry, tid: int) -> Steps[None]:
-    """Sets ``core.creds``, and what changing them would clear: ``pdeath_sig`` and ``dumpable``."""
+    """Sets ``core.creds`` and ``seccomp_mode``, and what changing them would clear: ``pdeath_sig``, ``dumpable``."""
     subject = f"thread {tid}"
-    ids = b.out(24)
-    users = b.call(SYS.getresuid, ids.addr, ids.addr + 4, ids.addr + 8)
-    groups = b.call(SYS.getresgid, ids.addr + 12, ids.addr + 16, ids.addr + 20)
-    fsuid, fsgid = b.call(SYS.setfsuid, _SAME), b.call(SYS.setfsgid, _SAME)
-    extra = b.out(4 * _FEW_GROUPS)
-    count = b.call(SYS.getgroups, _FEW_GROUPS, extra.addr)
     secbits = b.call(SYS.prctl, _PR_GET_SECUREBITS)
     dumpable = b.call(SYS.prctl, _PR_GET_DUMPABLE, 0, 0, 0, 0)
     sig = b.out(4)
     pdeath = b.call(SYS.prctl, _PR_GET_PDEATHSIG, sig.addr)
-    caps = _read_status(tid)
+    caps, ids = _read_status(tid)
     yield
-    users.check("getresuid", subject)
-    groups.check("getresgid", subject)
     pdeath.check("prctl(PR_GET_PDEATHSIG)", subject)
-    group_list = extra.data[: 4 * max(count.ret, 0)]
-    if count.ret < 0:  # EINVAL: there are more than was room for
-        how_many = b.call(SYS.getgroups, 0, 0)
-        yield
-        more = b.out(4 * how_many.check("getgroups", subject))
-        count = b.call(SYS.getgroups, how_many.ret, more.addr)
-        yield
-        count.check("getgroups", subject)
-        group_list = more.data
-
-    ruid, euid, suid, rgid, egid, sgid = struct.unpack("<6I", ids.data)
+    ruid, euid, suid, fsuid = ids["Uid"]
+    rgid, egid, sgid, fsgid = ids["Gid"]
     core.creds.CopyFrom(
         creds_pb2.creds_entry(
-            uid=ruid, euid=euid, suid=suid, gid=rgid, egid=egid, sgid=sgid,
-            fsuid=fsuid.ret & _SAME, fsgid=fsgid.ret & _SAME,
+            uid=ruid, euid=euid, suid=suid, gid=rgid, egid=egid, sgid=sgid, fsuid=fsuid, fsgid=fsgid,
             cap_eff=_words(caps["CapEff"]), cap_prm=_words(caps["CapPrm"]), cap_inh=_words(caps["CapInh"]),
             cap_bnd=_words(caps["CapBnd"]), cap_amb=_words(caps["CapAmb"]),
             secbits=secbits.check("prctl(PR_GET_SECUREBITS)", subject),
-            groups=struct.unpack(f"<{len(group_list) // 4}I", group_list),
+            groups=ids["Groups"],
             no_new_privs=caps["NoNewPrivs"],
         )
     )  # fmt: skip
+    core.seccomp_mode = _MODES.get(caps.get("Seccomp", 0), core_pb2.disabled)
     core.dumpable = dumpable.check("prctl(PR_GET_DUMPABLE)", subject)
     core.pdeath_sig = int.from_bytes(sig.data, "little")
 

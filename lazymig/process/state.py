@@ -78,7 +78,7 @@ def dump_thread(b: Batch, tid: int) -> Steps[bytes]:
 def dump_common(b: Batch, tid: int) -> Steps[bytes]:
     """The same but for signals that wait for it: what threads of one process mostly have alike."""
     core = core_pb2.thread_core_entry(futex_rla=0, futex_rla_len=0)
-    yield from together(creds.dump(b, core, tid), sched.dump(b, core, tid), filters.dump_mode(b, core))
+    yield from together(creds.dump(b, core, tid), sched.dump(b, core, tid))
     core.signals_p.SetInParent()
     state = state_pb2.ThreadState(core=core)
     if core.seccomp_mode == core_pb2.filter:
