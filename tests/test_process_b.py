@@ -469,6 +469,9 @@ ODD = [
     ("personality", "sysc(135, 0x0800000)", False),
     ("personality", "in_thread(lambda: (sysc(135, 0x0800000), globals().update(out=threading.get_native_id())))", True),
     ("namespace", "sysc(272, 0x20000)", False),
+    ("namespace", "in_thread(lambda: (sysc(272, 0x40000000), globals().update(out=threading.get_native_id())))", True),
+    ("shared-memory-space", "s = ctypes.create_string_buffer(65536); top = ctypes.addressof(s) + 65520\n"
+                            "out = libc.clone(libc.pause, ctypes.c_void_p(top & -16), 0x8100, None)", True),
     ("namespace", "sysc(272, 0x40000080)", False),
     ("namespace", "sysc(272, 0x20000000)", False),
 ]  # fmt: skip

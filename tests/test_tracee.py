@@ -298,3 +298,29 @@ def test_who_writes_to_its_memory_makes_it_nobody_else(monkeypatch):
                 assert set(ids) == {12345}
                 assert list(creds.groups) == [12345]
                 assert core.seccomp_mode == core_pb2.filter
+
+
+SHARER = """
+prctl(38, 1)
+stack = ctypes.create_string_buffer(65536)
+print(libc.clone(libc.pause, ctypes.c_void_p(ctypes.addressof(stack) + 65520 & -16), 0x100, None), flush=True)
+in_thread(lambda: filters(deny(169, 1)))
+time.sleep(1000)
+"""
+
+
+def test_nothing_is_called_past_filters_in_memory_that_others_share():
+    """Who runs on in the same memory could change the calls before they are made. It came after preflight."""
+    with target("", SHARER) as t:
+        sharer = int(said(t))
+        wait_for("its filter", lambda: any(procfs.status(tid).seccomp for tid in t.tids()))
+        t.stop()
+        with pytest.raises(LazymigError, match=f"shared-memory-space.*{sharer}"):
+            t.injection()
+        t.let_run()
+        os.kill(sharer, signal.SIGKILL)
+        wait_for("it to end", lambda: not procfs.lives(sharer))
+        t.stop()
+        with t.injection() as inj:
+            inj.step("getpid", SYS.getpid)
+        t.let_run()

@@ -1,5 +1,6 @@
 #include "lazymig/kernel/seccomp.h"
 
+#include <stdbool.h>
 #include <sys/ptrace.h>
 #include <sys/types.h>
 
@@ -30,4 +31,12 @@ lm_result lm_seccomp_get(int32_t tid, uint64_t index, uint64_t *out, uint64_t ca
 		return lm_fail(0, errno);
 	*flags = m.flags;
 	return lm_ok((uint64_t)n);
+}
+
+bool lm_seccomp_any(const int32_t *tids, uint64_t n)
+{
+	for (uint64_t i = 0; i < n; i++)
+		if (ptrace(GET_FILTER, tids[i], NULL, NULL) >= 0)
+			return true;
+	return false;
 }

@@ -2,6 +2,8 @@
 #ifndef LAZYMIG_SECCOMP_H
 #define LAZYMIG_SECCOMP_H
 
+#include <stdbool.h>
+
 #include "lazymig/kernel/lm.h"
 
 /* cffi: begin */
@@ -11,6 +13,8 @@
  * done: its number of entries; err ENOENT: there are no more.
  */
 lm_result lm_seccomp_get(int32_t tid, uint64_t index, uint64_t *out, uint64_t cap, uint64_t *flags);
+/* Whether any of these stopped threads has a filter; false where one may not ask. */
+bool lm_seccomp_any(const int32_t *tids, uint64_t n);
 /* cffi: end */
 
 #endif

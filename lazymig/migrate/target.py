@@ -19,7 +19,7 @@ from lazymig.kernel.pagemap import Pagemap, VmaSnapshots, packed, without
 from lazymig.kernel.ptrace import ThreadState
 from lazymig.kernel.ranges import RangeSet, Spans
 from lazymig.migrate.placement import aside
-from lazymig.process import signals
+from lazymig.process import preflight, seccomp, signals
 from lazymig.process.descriptors import MappedObject, ObjectKey
 from lazymig.process.limits import MEMBARRIER_GET_REGISTRATIONS
 from lazymig.process.source import SourceProcess
@@ -190,6 +190,13 @@ class Target:
         Never before they have all stopped: a thread that runs yet would be free of its filters for a moment.
         Raises SyscallError where the kernel or lazymig's own filters forbid it, unless they have none.
         """
+        if seccomp.any_filter(tids) and (others := preflight.memory_sharers(self.pid)):
+            # They run, and could have called in it what its filters forbid.
+            raise LazymigError(
+                f"process {others[0]} shares all its memory",
+                code="shared-memory-space",
+                subject=f"pid {self.pid}",
+            )
         try:
             ptrace.set_options(tids, ptrace.O_SUSPEND_SECCOMP)
         except SyscallError:

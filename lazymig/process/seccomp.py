@@ -47,6 +47,11 @@ def dump(tid: int) -> seccomp_pb2.seccomp_entry:
     return entry
 
 
+def any_filter(tids: Sequence[int]) -> bool:
+    """Whether any of these stopped threads has a filter; False where this process may not ask."""
+    return bool(lib.lm_seccomp_any(ffi.new("int32_t[]", list(tids)), len(tids)))
+
+
 def dump_common(pid: int) -> seccomp_pb2.seccomp_entry:
     """What the chains of all threads of a stopped process begin with."""
     common: list[seccomp_pb2.seccomp_filter] | None = None
