@@ -22,6 +22,7 @@ from lazymig.migrate.placement import aside
 from lazymig.process import preflight, seccomp, signals
 from lazymig.process.descriptors import MappedObject, ObjectKey
 from lazymig.process.limits import MEMBARRIER_GET_REGISTRATIONS
+from lazymig.process.restarted import restarted_call
 from lazymig.process.source import SourceProcess
 from lazymig.process.threads import source_registers
 from lazymig.process.vmas import (
@@ -84,9 +85,8 @@ class Target:
         self._stopped: Stopped | None = None
         self._snapshot = b""
         self.membarrier = 0  # its registrations, as far as they are known before the freeze
-        self._calls: dict[
-            int, tuple[int, int]
-        ] = {}  # thread -> (instruction, number) of a call cut by a stop
+        # thread -> (instruction, number) of a call that was cut by a stop
+        self._calls = {tid: call for tid in procfs.tids(pid) if (call := restarted_call(tid))}
 
     @property
     def stopped(self) -> Stopped:
