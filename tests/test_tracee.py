@@ -324,3 +324,38 @@ def test_nothing_is_called_past_filters_in_memory_that_others_share():
         with t.injection() as inj:
             inj.step("getpid", SYS.getpid)
         t.let_run()
+
+
+RESTARTED = {
+    "poll": ("libc.poll(None, 0, 3_600_000)", SYS.poll),
+    "nanosleep": ("libc.syscall(35, hour, None)", SYS.nanosleep),
+    "clock_nanosleep": ("libc.syscall(230, 1, 0, hour, None)", SYS.clock_nanosleep),
+    "futex": ("libc.syscall(202, ctypes.byref(ctypes.c_uint(0)), 128, 0, hour, None, 0)", SYS.futex),
+}
+
+
+@pytest.mark.parametrize(("call", "number"), RESTARTED.values(), ids=RESTARTED)
+def test_a_call_that_was_interrupted_before_is_known_by_its_number(call, number):
+    """Else it would be EINTR at the destination: restart_syscall(2) is for the same thread only."""
+    with target("hour = struct.pack('qq', 3600, 0)", call) as t:
+        stop_in_a_call(t)
+        t.let_run()
+        wait_for("it waits anew", lambda: procfs.text(t.pid, "syscall").startswith("219 "))
+        later = Target(t.pid)
+        try:
+            later.stop()
+            assert later.stopped.threads[0].restarting == number
+            later.let_run()
+        finally:
+            later.close()
+
+
+def test_nothing_is_writable_and_executable_in_it():
+    """PR_SET_MDWE: also what lazymig maps there."""
+    with target("signal.signal(signal.SIGTRAP, lambda *a: None)\nin_thread(lambda: None)\nprctl(65, 1)") as t:
+        before = procfs.text(t.pid, "maps")
+        for _ in range(2):
+            found = captured(t)
+            assert found.mm.mdwe == 1
+            assert signals.trap_action(found.tc.sigactions)
+            assert procfs.text(t.pid, "maps") == before

@@ -7,18 +7,19 @@ process is ever patched; for batches an area is mapped and unmapped again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from typing import Self
 
-from lazymig.arch import SYS
+from lazymig.arch import PAGE_SIZE, SYS
 from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
 from lazymig.kernel import ptrace
 from lazymig.kernel.batch import Batch, blob
 from lazymig.kernel.ptrace import ThreadState
 from lazymig.native import CData, ffi, lib
 
-_PROT_RWX = 7
+_PROT_RW, _PROT_RX, _PROT_RWX = 3, 5, 7
 _MAP_PRIVATE_ANONYMOUS = 0x22
 _ACTION_OFFSET, _ACTION_SIZE = (
     128,
@@ -95,6 +96,7 @@ class Injection:
         self.gadget = gadget
         self.threads = threads
         self.region: PrivateRegion | None = None
+        self._mapped: list[tuple[int, int]] = []  # (address, bytes)
         # What it does on SIGTRAP (struct sigaction), if anything: an interpreter's end makes the kernel forget that.
         self.trap_action: bytes | None = None
         # Where it ever was, for whoever looks at the mappings meanwhile.
@@ -123,15 +125,45 @@ class Injection:
 
     def map_region(self, size: int) -> PrivateRegion:
         """Maps the area that batches need; it goes away with this context."""
-        base = self.step("mmap", SYS.mmap, 0, size, _PROT_RWX, _MAP_PRIVATE_ANONYMOUS, -1, 0)
-        self.region = PrivateRegion(self.pid, base, size)
-        self.areas.append((base, base + size))
-        ptrace.poke(self.pid, base, blob())
+        self.region = PrivateRegion(self.pid, self._map(size), size)
+        if not self._executable:
+            self._map_code(self.region)
+        else:
+            ptrace.poke(self.pid, self.region.code, blob())
         if acts_on(self.pid, signal.SIGTRAP):
-            at = base + _ACTION_OFFSET
+            at = self.region.base + _ACTION_OFFSET
             self.step("rt_sigaction", SYS.rt_sigaction, signal.SIGTRAP, 0, at, _SIGSET_SIZE)
             self.trap_action = ptrace.peek(self.pid, at, _ACTION_SIZE)
         return self.region
+
+    def _map(self, size: int) -> int:
+        try:
+            return self._mmap(size, _PROT_RWX)
+        except SyscallError as e:
+            if e.errno not in (errno.EACCES, errno.EPERM):
+                raise
+        # Nothing there may be both writable and executable (PR_SET_MDWE of prctl(2), or a security module).
+        self._executable = False
+        return self._mmap(size, _PROT_RW)
+
+    _executable = True
+
+    def _mmap(self, size: int, prot: int) -> int:
+        base = self.step("mmap", SYS.mmap, 0, size, prot, _MAP_PRIVATE_ANONYMOUS, -1, 0)
+        self.areas.append((base, base + size))
+        self._mapped.append((base, size))
+        return base
+
+    def _map_code(self, region: PrivateRegion) -> None:
+        """The interpreter in a page of its own, which only a tracer can write."""
+        region.code = self._mmap(PAGE_SIZE, _PROT_RX)
+        fd = os.open(f"/proc/{self.pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, blob(), region.code)
+        except OSError as e:
+            raise SyscallError("writing memory", e.errno or 0, subject=f"pid {self.pid}") from e
+        finally:
+            os.close(fd)
 
     def batches(self, size_each: int, max_calls: int, size_main: int, max_calls_main: int) -> list[Batch]:
         """One batch for each thread, the main thread's first, in a new area."""
@@ -153,13 +185,13 @@ class Injection:
             for t in self.threads:
                 with contextlib.suppress(ProcessGoneError):
                     ptrace.recover(t.tid, t.regs, t.sigmask)
-        if self.region is not None:
-            region, self.region = self.region, None
-            if self.trap_action is not None:
-                at = region.base + _ACTION_OFFSET
-                ptrace.poke(self.pid, at, self.trap_action)
-                self.step("rt_sigaction", SYS.rt_sigaction, signal.SIGTRAP, at, 0, _SIGSET_SIZE)
-            self.step("munmap", SYS.munmap, region.base, region.size)
+        if self.region is not None and self.trap_action is not None:
+            at = self.region.base + _ACTION_OFFSET
+            ptrace.poke(self.pid, at, self.trap_action)
+            self.step("rt_sigaction", SYS.rt_sigaction, signal.SIGTRAP, at, 0, _SIGSET_SIZE)
+        self.region = None
+        while self._mapped:
+            self.step("munmap", SYS.munmap, *self._mapped.pop())
         for t in self.threads:
             if t.rseq_cs:
                 # Running elsewhere made the kernel clear the critical section; the thread is still in it.
