@@ -25,8 +25,8 @@ from lazymig.kernel.inject import PrivateRegion
 from lazymig.migrate.capture import capture
 from lazymig.migrate.target import MAIN_CALLS, MAIN_SIZE, THREAD_CALLS, THREAD_SIZE, Target
 from lazymig.native import ffi
-from lazymig.pb import core_pb2, sa_pb2
-from lazymig.process import signals, state, threads
+from lazymig.pb import core_pb2, mm_pb2, sa_pb2
+from lazymig.process import prctl, signals, state, threads
 
 programs: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -359,3 +359,22 @@ def test_nothing_is_writable_and_executable_in_it():
             assert found.mm.mdwe == 1
             assert signals.trap_action(found.tc.sigactions)
             assert procfs.text(t.pid, "maps") == before
+
+
+def test_what_is_mapped_later_is_locked_as_before():
+    with target("libc.mlockall(2)") as t:
+        assert captured(t).mm.lock_future
+    with target("libc.mlockall(1)") as t:
+        assert not captured(t).mm.lock_future
+    with husk() as sk:
+        at = sk.run(("mmap", SYS.mmap, 0, 4096, 3, 0x22, -1, 0))[0]
+        run_steps(sk.main, prctl.restore_last(sk.main, mm_pb2.mm_entry(lock_future=True)))
+        sk.run(("mmap", SYS.mmap, at + (1 << 30), 4096, 3, 0x100022, -1, 0))
+        flags = {e.start: e.flags for e in procfs.smaps(sk.pid)}
+        assert ("lo" in flags[at], "lo" in flags[at + (1 << 30)]) == (False, True)
+
+
+def test_segments_of_its_own_are_not_lost_unsaid():
+    work = "assert not libc.syscall(154, 1, struct.pack('<IIIB3x', 3, 0x1000, 0xfffff, 0x51), 16)"
+    with target(work) as t, pytest.raises(LazymigError, match="ldt"):
+        captured(t)

@@ -28,15 +28,34 @@ _ACTION_OFFSET, _ACTION_SIZE = (
 _SIGSET_SIZE = 8
 
 
-def acts_on(pid: int, sig: int) -> bool:
-    """Whether a process catches or ignores a signal (/proc/PID/status)."""
+def _status(pid: int) -> bytes:
     fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        text = os.read(fd, 1 << 20)
+        return os.read(fd, 1 << 20)
     finally:
         os.close(fd)
-    masks = [text.partition(b"\n%s:\t" % name)[2][:16] for name in (b"SigIgn", b"SigCgt")]
-    return any(int(mask, 16) >> (sig - 1) & 1 for mask in masks)
+
+
+def _value(status: bytes, name: bytes, size: int) -> bytes:
+    return status.partition(b"\n%s:\t" % name)[2][:size]
+
+
+def _acts_on(status: bytes, sig: int) -> bool:
+    """Whether a process with this /proc/PID/status catches or ignores a signal."""
+    return any(int(_value(status, name, 16), 16) >> (sig - 1) & 1 for name in (b"SigIgn", b"SigCgt"))
+
+
+def _has_locked(status: bytes) -> bool:
+    return _value(status, b"VmLck", 8).strip() != b"0"
+
+
+def _present(pid: int, address: int) -> bool:
+    """Whether there is a page at an address (/proc/PID/pagemap, bit 63)."""
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, 8, address // PAGE_SIZE * 8)[-1:] >= b"\x80"
+    finally:
+        os.close(fd)
 
 
 def find_gadget(pid: int, vdso: tuple[int, int]) -> int:
@@ -99,6 +118,7 @@ class Injection:
         self._mapped: list[tuple[int, int]] = []  # (address, bytes)
         # What it does on SIGTRAP (struct sigaction), if anything: an interpreter's end makes the kernel forget that.
         self.trap_action: bytes | None = None
+        self.lock_future = False  # whether it has done mlockall(MCL_FUTURE)
         # Where it ever was, for whoever looks at the mappings meanwhile.
         self.areas: list[tuple[int, int]] = []
 
@@ -130,7 +150,10 @@ class Injection:
             self._map_code(self.region)
         else:
             ptrace.poke(self.pid, self.region.code, blob())
-        if acts_on(self.pid, signal.SIGTRAP):
+        status = _status(self.pid)
+        # All that is mapped is locked then, and so there at once, but for MCL_ONFAULT, which nothing tells of.
+        self.lock_future = _has_locked(status) and _present(self.pid, self.region.base + PAGE_SIZE)
+        if _acts_on(status, signal.SIGTRAP):
             at = self.region.base + _ACTION_OFFSET
             self.step("rt_sigaction", SYS.rt_sigaction, signal.SIGTRAP, 0, at, _SIGSET_SIZE)
             self.trap_action = ptrace.peek(self.pid, at, _ACTION_SIZE)

@@ -27,6 +27,7 @@ _MAX_PENDING = 1 << 17
 _P_ALL = 0  # waitid(2)
 _PR_SET_PDEATHSIG = 1
 _MOST_FDS = 1 << 20
+_LDT_ENTRY = 8  # bytes
 _WAIT_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT | 0x40000000  # __WALL
 
 
@@ -85,7 +86,7 @@ def capture(target: Target) -> Iterator[Capture]:
     What waits for the state need not wait for that. Raises LazymigError, also when it has children.
     """
     with target.injection() as inj:
-        threads, (xcomp, process, _) = _read(target, inj)
+        threads, (xcomp, process, _, _) = _read(target, inj)
         states = [message for _, message in threads]
         shared = signals.waiting(target.pid, shared=True)
         own = {m: signals.numbers(state.thread_state(m).core.signals_p) for m in set(states)}
@@ -112,11 +113,21 @@ def _no_children(b: Batch, pid: int) -> Steps[None]:
         raise LazymigError("it has children now", code="has-children", subject=f"pid {pid}")
 
 
+def _no_ldt(b: Batch, pid: int) -> Steps[None]:
+    """Raises LazymigError when it has segments of its own (modify_ldt(2)), as emulators of old systems do."""
+    out = b.out(_LDT_ENTRY)
+    c = b.call(SYS.modify_ldt, 0, out.addr, _LDT_ENTRY)
+    yield
+    if c.ret > 0:
+        raise LazymigError("it has segments of its own (modify_ldt)", code="ldt", subject=f"pid {pid}")
+
+
 def _read(target: Target, inj: Injection) -> tuple[list[twins.Dumped], list[Any]]:
     """What the stopped threads say of themselves, and the main one of the process."""
     batches = inj.batches(THREAD_SIZE, THREAD_CALLS, MAIN_SIZE, MAIN_CALLS)
     main, pid = batches[0], target.pid
-    more = [dump_xcomp(main), state.dump_process(main, pid, inj.trap_action), _no_children(main, pid)]
+    process = state.dump_process(main, pid, inj.trap_action, lock_future=inj.lock_future)
+    more = [dump_xcomp(main), process, _no_children(main, pid), _no_ldt(main, pid)]
     return twins.dump(batches, target.stopped.threads, pid, more)
 
 

@@ -18,6 +18,7 @@ _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _PR_SET_THP_DISABLE, _PR_GET_THP_DISABLE = 41, 42
 _PR_SET_MDWE, _PR_GET_MDWE = 65, 66  # Linux 6.3
 _PR_GET_AUXV = 0x41555856  # Linux 6.4
+_MCL_FUTURE = 2  # mlockall(2)
 _MAX_AUXV = 1024  # bytes; AT_VECTOR_SIZE of the kernel is below
 _MM_MAP = struct.Struct("<11QQIi")  # struct prctl_mm_map of include/uapi/linux/prctl.h
 _MAX_ARGUMENTS = 8 << 20  # bytes: execve(2) allows a quarter of the usual stack
@@ -77,7 +78,7 @@ def restore_mm(b: Batch, mm: mm_pb2.mm_entry, exe_fd: int | None, pid: int) -> S
 
 
 def restore_last(b: Batch, mm: mm_pb2.mm_entry) -> Steps[list[str]]:
-    """Huge pages and memory-deny-write-execute, once all memory is in place and lazy ranges are armed.
+    """Huge pages, memory-deny-write-execute and locks on what is mapped later: when all memory is there and armed.
 
     Huge pages are off in the skeleton (one placed for a single page would make lazy neighbours present), and
     memory-deny-write-execute would forbid mappings that the skeleton still makes. Returns warnings.
@@ -88,6 +89,8 @@ def restore_last(b: Batch, mm: mm_pb2.mm_entry) -> Steps[list[str]]:
     calls.append(("huge pages", b.call(SYS.prctl, _PR_SET_THP_DISABLE, *args, 0, 0)))
     if mm.mdwe:
         calls.append(("memory-deny-write-execute", b.call(SYS.prctl, _PR_SET_MDWE, mm.mdwe, 0, 0, 0)))
+    if mm.lock_future:
+        calls.append(("locking of future memory", b.call(SYS.mlockall, _MCL_FUTURE)))
     yield
     return [
         f"{what} cannot be set as it was ({errno.errorcode.get(-c.ret, c.ret)})"

@@ -43,10 +43,12 @@ def together(*steps: Steps[Any]) -> Steps[list[Any]]:
     return results
 
 
-def dump_process(b: Batch, pid: int, trap_action: bytes | None = None) -> Steps[bytes]:
+def dump_process(
+    b: Batch, pid: int, trap_action: bytes | None = None, *, lock_future: bool = False
+) -> Steps[bytes]:
     """State that the threads share, as a ProcessState message; ``b`` is the stopped main thread's.
 
-    ``trap_action``: see `signals.dump_actions`.
+    ``trap_action``: see `signals.dump_actions`. ``lock_future``: whether it has done mlockall(MCL_FUTURE).
     """
     core = core_pb2.task_core_entry(task_state=_TASK_ALIVE, exit_code=0, flags=0, blk_sigset=0, comm="")
     main = core_pb2.thread_core_entry()
@@ -60,6 +62,7 @@ def dump_process(b: Batch, pid: int, trap_action: bytes | None = None) -> Steps[
         filters.dump_mode(b, main),
     )
     limits.read_outside(pid, core, mm)
+    mm.lock_future = lock_future
     core.sigactions.extend(actions)
     core.timers.CopyFrom(kept_timers)
     core.signals_s.CopyFrom(signals.dump_pending(pid, shared=True))
