@@ -5,9 +5,11 @@ The source runs on untouched, nothing stays at the destination, and the message 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from kill_kit import children, state_of
 
 from lazymig.demo.hosts import DEVNULL, PIPE
 from lazymig.demo.moves import Daemon
+from lazymig.errors import LazymigError, SyscallError
+from lazymig.migrate.target import Target
 
 
 def holder(pair, path=None, **streams):
@@ -272,3 +276,15 @@ def test_a_process_with_no_number_and_hardly_an_address_left(pair):
     moved(pair.move(program.pid))
     program.host = pair.destination
     program.goes_on(3)
+
+
+def test_what_fails_since_the_process_has_ended_is_told_as_its_end():
+    gone = SyscallError("PAGEMAP_SCAN", errno.ESRCH)
+    with subprocess.Popen(["sleep", "100"]) as program:
+        target = Target(program.pid)
+        assert not target.ended(gone)
+        program.kill()
+    assert target.ended(gone)
+    assert target.ended(FileNotFoundError())
+    assert not target.ended(LazymigError("another reason"))
+    target.close()

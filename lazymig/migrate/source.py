@@ -147,7 +147,7 @@ class SourceMigration:
             return error
         self.machine.to(Source.ROLLBACK)
         self.target.close()
-        if state is not Source.PREFLIGHT and not isinstance(error, LazymigError) and not self.target.alive():
+        if state is not Source.PREFLIGHT and self.target.ended(error):
             error = ProcessGoneError("it ended", subject=f"pid {self.options.pid}")
         if hasattr(self, "links"):
             with trio.CancelScope(shield=True):

@@ -108,6 +108,11 @@ class Target:
         except FileNotFoundError:
             return False
 
+    def ended(self, e: BaseException) -> bool:
+        """Whether this failure, which tells of something else, is that it has ended."""
+        vague = not isinstance(e, LazymigError) or (isinstance(e, SyscallError) and e.errno == errno.ESRCH)
+        return vague and not self.alive()
+
     def executed(self, e: LazymigError) -> bool:
         """Whether this failure means that its address space has ended while it lives on, with another program."""
         gone = isinstance(e, ProcessGoneError) or (isinstance(e, SyscallError) and e.errno == errno.ESRCH)
