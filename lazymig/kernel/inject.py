@@ -146,13 +146,14 @@ class Injection:
     def map_region(self, size: int) -> PrivateRegion:
         """Maps the area that batches need; it goes away with this context."""
         self.region = PrivateRegion(self.pid, self._map(size), size)
+        status = _status(self.pid)
+        # All that is mapped is locked then, and so there at once, but for MCL_ONFAULT, which nothing tells of. (Asked
+        # before anything is written: that may bring a huge page.)
+        self.lock_future = _has_locked(status) and _present(self.pid, self.region.base)
         if not self._executable:
             self._map_code(self.region)
         else:
             ptrace.poke(self.pid, self.region.code, blob())
-        status = _status(self.pid)
-        # All that is mapped is locked then, and so there at once, but for MCL_ONFAULT, which nothing tells of.
-        self.lock_future = _has_locked(status) and _present(self.pid, self.region.base + PAGE_SIZE)
         if _acts_on(status, signal.SIGTRAP):
             at = self.region.base + _ACTION_OFFSET
             self.step("rt_sigaction", SYS.rt_sigaction, signal.SIGTRAP, 0, at, _SIGSET_SIZE)
