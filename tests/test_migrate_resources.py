@@ -288,3 +288,41 @@ def test_what_fails_since_the_process_has_ended_is_told_as_its_end():
     assert target.ended(FileNotFoundError())
     assert not target.ended(LazymigError("another reason"))
     target.close()
+
+
+EMPTIED = """
+import mmap, os, signal, sys, time
+sys.path.insert(0, sys.argv[2])
+from reporting import Reporter
+out = Reporter(sys.argv[1])
+fd = os.memfd_create("x")
+os.ftruncate(fd, 65536)
+m = mmap.mmap(fd, 65536)
+m[:] = want = b"x" * 65536
+n = 0
+def more(*_):
+    global want, n
+    m.close()
+    os.ftruncate(fd, 0)
+    os.ftruncate(fd, 65536)
+    want, n = bytes(65536), 1
+signal.signal(signal.SIGUSR1, more)
+while True:
+    out.check(os.pread(fd, 65536, 0) == want, "content")
+    out.report(made=n)
+    time.sleep(0.02)
+"""
+
+
+def test_a_memfd_that_was_emptied_after_it_was_copied(pair):
+    """Its pages came as memory, and it is not mapped any more: nobody else says that they are gone."""
+    out = pair.tmp / "out"
+    program = Watched(pair.source, out, sys.executable, "-c", EMPTIED, out, PROGRAMS)
+    running, engine = at_state(pair, program, "freeze")
+    with running:
+        pair.source.kill(program.pid, signal.SIGUSR1)
+        wait_for("the truncation", lambda: program.lines()[-1]["made"])
+        pair.source.kill(engine, signal.SIGCONT)
+        moved(running.finish())
+    program.host = pair.destination
+    program.goes_on(3)

@@ -80,6 +80,14 @@ def resize(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
+def punch(fd: int, holes: Iterable[Range], size: int) -> None:
+    """Takes out what is in holes that a peer told of; raises ProtocolError for those outside the file."""
+    for off, length in holes:
+        if not length or off + length > size:
+            raise ProtocolError("a hole lies outside its file")
+        calls.syscall(SYS.fallocate, fd, _PUNCH_HOLE | _KEEP_SIZE, off, length)
+
+
 def clear(fd: int, size: int) -> None:
     """Makes the first ``size`` bytes zero. Not by truncation: that would take private copies out of mappings."""
     if not size:

@@ -51,7 +51,8 @@ def take_memfd(
     h.seals, h.inode_id, h.shmid = seals, key[1] & 0xFFFFFFFF, key[1] & 0xFFFFFFFF
     h.dev, h.ino = key
     mapped = ctx.mapped.get(key)
-    runs = list(content.without(content.data_runs(fd, st.st_size), mapped.ranges if mapped else ()))
+    by_memory = mapped.ranges if mapped else ()
+    runs = list(content.without(content.data_runs(fd, st.st_size), by_memory))
     total = sum(n for _, n in runs)
     if f is not None:
         if not ctx.spend(f, total):
@@ -60,6 +61,9 @@ def take_memfd(
         raise DescriptorError("too much content to move inside the freeze", subject=name, code="fd-content")
     if ctx.content:
         m.chunk.extend(content.read_chunks(fd, runs))
+        # It may have been mapped before, and then the destination has what was there.
+        for hole in content.without([(0, st.st_size)], [*by_memory, *runs]):
+            m.hole.extend(hole)
     return m
 
 
@@ -80,6 +84,7 @@ def make_memfd(m: descriptors_pb2.Memfd) -> int:
 def fill_memfd(fd: int, m: descriptors_pb2.Memfd) -> None:
     """Gives the object its final length and what of its content does not come as memory."""
     content.resize(fd, m.head.size)
+    content.punch(fd, zip(m.hole[::2], m.hole[1::2], strict=True), m.head.size)
     content.write_chunks(fd, m.chunk, m.head.size)
 
 
