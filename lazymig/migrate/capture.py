@@ -110,7 +110,8 @@ def _no_children(b: Batch, pid: int) -> Steps[None]:
     c = b.call(SYS.waitid, _P_ALL, 0, 0, _WAIT_LOOK, 0)
     yield
     if c.ret != -errno.ECHILD:
-        raise LazymigError("it has children now", code="has-children", subject=f"pid {pid}")
+        hint = "it has started them since preflight: try again when they have ended"
+        raise LazymigError("it has children now", code="has-children", subject=f"pid {pid}", hint=hint)
 
 
 def _no_ldt(b: Batch, pid: int) -> Steps[None]:
