@@ -14,7 +14,7 @@ from predump_kit import Puppet
 from lazymig.kernel import procfs, ptrace
 from lazymig.kernel.pagemap import VmaSnapshots, packed
 from lazymig.kernel.ranges import PAGE, RangeSet
-from lazymig.migrate.parts import lazy_areas
+from lazymig.migrate.parts import lazy_areas, shown_again
 from lazymig.migrate.target import Target
 from lazymig.process.vmas import Kind, Layout, LayoutReader, Vma, apply, check_diff, diff, read_layout
 
@@ -252,3 +252,30 @@ def test_a_layout_does_not_differ_from_itself():
     layout = Layout([Vma(PAGE, 3 * PAGE, Kind.ANON, 3)])
     assert not diff(layout, layout)
     assert diff(layout, layout, RangeSet.span(PAGE, 2 * PAGE)).map
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 2), st.integers(0, 12), st.integers(1, 8), st.sampled_from([0, 1, 3])),
+        max_size=8,
+    )
+)
+def test_of_memory_that_is_mapped_several_times_each_page_crosses_once(rows):
+    vmas = [
+        Vma(n << 20, (n << 20) + pages * PAGE, Kind.MEMFD, prot, first * PAGE, 1, inode)
+        for n, (inode, first, pages, prot) in enumerate(rows, 1)
+    ]
+    sent = RangeSet.of((v.start, v.end) for v in vmas) - shown_again(Layout(vmas))
+    for v in vmas:
+        if not v.prot & 1:  # this one may be none that can be read at all
+            assert sent.covers(RangeSet.span(v.start, v.end))
+    readable = [v for v in vmas if v.prot & 1]
+    found = [
+        (v.inode, (address - v.start + v.offset) // PAGE)
+        for v in readable
+        for start, end in sent & RangeSet.span(v.start, v.end)
+        for address in range(start, end, PAGE)
+    ]
+    shown = {(v.inode, v.offset // PAGE + n) for v in readable for n in range(v.size // PAGE)}
+    assert len(found) == len(shown)
+    assert set(found) == shown

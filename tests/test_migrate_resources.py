@@ -326,3 +326,43 @@ def test_a_memfd_that_was_emptied_after_it_was_copied(pair):
         moved(running.finish())
     program.host = pair.destination
     program.goes_on(3)
+
+
+THREEFOLD = """
+import mmap, os, sys, time
+sys.path.insert(0, sys.argv[2])
+from reporting import Reporter
+PAGES = 2048
+out = Reporter(sys.argv[1])
+fd = os.memfd_create("heap")
+os.ftruncate(fd, PAGES * 4096)
+views = [mmap.mmap(fd, PAGES * 4096), mmap.mmap(fd, PAGES * 4096), mmap.mmap(fd, PAGES * 4096, prot=1)]
+half = mmap.mmap(fd, PAGES * 2048, offset=PAGES * 2048)
+want = [0] * PAGES
+n = 0
+while True:
+    for _ in range(400):
+        n += 1
+        page = n * 7919 % PAGES
+        want[page] = n
+        views[n & 1][page * 4096 : page * 4096 + 8] = n.to_bytes(8, "little")
+    os.pwrite(fd, n.to_bytes(8, "little"), (n % PAGES) * 4096)
+    want[n % PAGES] = n
+    for v in views:
+        out.check([int.from_bytes(v[p * 4096 : p * 4096 + 8], "little") for p in range(PAGES)] == want, "a view")
+    out.check(half[:] == views[2][PAGES * 2048 :], "the half")
+    out.report(written=n)
+    time.sleep(0.002)
+"""
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "precopy", "postcopy"])
+def test_a_heap_that_is_mapped_three_times_crosses_once_in_the_freeze(pair, mode):
+    """As ZGC has it."""
+    out = pair.tmp / "out"
+    program = Watched(pair.source, out, sys.executable, "-c", THREEFOLD, out, PROGRAMS)
+    program.goes_on(2)
+    done = moved(pair.move(program.pid, "--mode", mode))
+    program.host = pair.destination
+    program.goes_on(5)
+    assert 2048 <= done.final["pages"]["eager"] < 2 * 2048

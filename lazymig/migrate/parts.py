@@ -5,7 +5,7 @@ from __future__ import annotations
 from lazymig.kernel.ranges import RangeSet, Spans
 from lazymig.migrate.options import Mode
 from lazymig.native import ffi, lib
-from lazymig.process.vmas import PROT_WRITE, Kind, Layout, Vma
+from lazymig.process.vmas import PROT_READ, PROT_WRITE, Kind, Layout, Vma
 from page_server.wire import FORCE, ZEROABLE
 
 SMALL_VMA = 8 << 20  # pages of smaller VMAs are rather sent in the freeze: a program touches them at once
@@ -109,9 +109,14 @@ def split_eager(layout: Layout, pages: RangeSet, needed: RangeSet, mode: Mode) -
     return pages - (lazy - now), lazy - now
 
 
+def split_once(layout: Layout, pages: RangeSet, needed: RangeSet, mode: Mode) -> tuple[RangeSet, RangeSet]:
+    """The same, where all that memfds hold is among the pages: each page of them from one mapping only."""
+    return split_eager(layout, pages - layout.once(shown_again), needed, mode)
+
+
 def warm(layout: Layout, mode: Mode) -> None:
     """Works out all sets that the source's freeze needs, before it."""
-    split_eager(layout, RangeSet(), RangeSet(), mode)
+    split_once(layout, RangeSet(), RangeSet(), mode)
     classify(layout, RangeSet())
     locked(layout)
     guarded(layout)
@@ -131,6 +136,21 @@ def written(layout: Layout) -> frozenset[str]:
     """Files that the process writes to through a mapping: their time stamps change at any moment, or not at all."""
     shared = (v for v in layout if v.kind is Kind.SHARED_FILE and not v.deleted)
     return frozenset(v.path for v in shared if v.prot & PROT_WRITE)
+
+
+def shown_again(layout: Layout) -> RangeSet:
+    """Addresses of memfds' memory that other addresses show too: each place but for one readable mapping of it.
+
+    A garbage collector like ZGC maps its heap three times.
+    """
+    until: dict[tuple[int, int], int] = {}  # offset in an object up to which all of its mappings so far reach
+    found: list[tuple[int, int]] = []
+    memfds = (v for v in layout if v.kind is Kind.MEMFD and v.prot & PROT_READ)
+    for v in sorted(memfds, key=lambda v: (v.object_key, v.offset)):
+        seen = until.get(v.object_key, 0)
+        found.append((v.start, min(v.start + max(seen - v.offset, 0), v.end)))
+        until[v.object_key] = max(seen, v.offset + v.size)
+    return RangeSet.of((start, end) for start, end in found if start < end)
 
 
 def few_pages(pid: int, pages: RangeSet) -> bytes | None:

@@ -35,7 +35,7 @@ from lazymig.migrate.channel import PATIENCE_S
 from lazymig.migrate.layer import ParentLayer
 from lazymig.migrate.links import Links, connect
 from lazymig.migrate.options import MigrateOptions, Mode
-from lazymig.migrate.parts import classify, dealt, few_pages, lazy_capable, locked, split_eager, warm
+from lazymig.migrate.parts import classify, dealt, few_pages, lazy_capable, locked, split_once, warm
 from lazymig.migrate.placement import anywhere, beside, give_way
 from lazymig.migrate.rounds import Action, Extent, Policy
 from lazymig.migrate.serve import AbandonedError, Serving, make_senders
@@ -473,14 +473,14 @@ class SourceMigration:
         its = process_state(captured.process)
         needed = eager_pages(self.options.pid, captured.threads) | arguments(its.mm)
         if self.target.tracker is None:
-            return *split_eager(layout, self.target.present(), needed, mode), RangeSet()
+            return *split_once(layout, self.target.present(), needed, mode), RangeSet()
         exact = RangeSet() if mode is Mode.HYBRID else mapped.memory
         dirty = self.target.tracker.final(mapped, exact | locked(layout))
         self._anew = self._anew | dirty.fresh
         pages = (dirty.pages | ((self._lazy | self._owed) & mapped.all)) | (
             captured.untracked_shared & mapped.used
         )
-        eager, lazy = split_eager(layout, pages, needed, mode)
+        eager, lazy = split_once(layout, pages, needed, mode)
         # Of memory that is sent now a hole would cost a page; but what the kernel touches has to be there.
         holes = self.target.tracker.holes(eager & mapped.memory) - needed
         gone = dirty.gone | self._gone | (holes & self.target.tracker.held)
