@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from harness import wait_for
@@ -18,7 +20,7 @@ from test_process_a import PRELUDE, _sigchld  # noqa: F401 - a fixture
 from test_process_b import husk
 
 from lazymig.arch import SYS, Registers
-from lazymig.errors import LazymigError, SyscallError
+from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
 from lazymig.kernel import procfs, ptrace
 from lazymig.kernel.batch import run_batches, run_steps
 from lazymig.kernel.inject import PrivateRegion
@@ -28,6 +30,7 @@ from lazymig.native import ffi
 from lazymig.pb import core_pb2, mm_pb2, sa_pb2
 from lazymig.process import prctl, signals, state, threads
 
+NATIVE = Path(__file__).parent / "native"
 programs: dict[int, subprocess.Popen[bytes]] = {}
 
 
@@ -378,3 +381,41 @@ def test_segments_of_its_own_are_not_lost_unsaid():
     work = "assert not libc.syscall(154, 1, struct.pack('<IIIB3x', 3, 0x1000, 0xfffff, 0x51), 16)"
     with target(work) as t, pytest.raises(LazymigError, match="ldt"):
         captured(t)
+
+
+def test_a_thread_that_executes_a_program_while_others_are_seized(tmp_path):
+    """It waits for the others to end, holding a lock that seizing needs: a deadlock, if nobody takes note of it."""
+    count, program = tmp_path / "count", tmp_path / "execer"
+    subprocess.run(["gcc", "-O1", "-pthread", "-o", program, NATIVE / "execer.c"], check=True)
+
+    def generation() -> int:
+        return int.from_bytes(count.read_bytes(), "little") if count.exists() else 0
+
+    met = 0
+    # No child of ours: nor is a process that moves one of the engine's.
+    parent = ["sh", "-c", '"$@" & echo $!; wait', "sh", program, count]
+    with subprocess.Popen(parent, stdout=subprocess.PIPE, bufsize=0) as shell:
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        try:
+            wait_for("its first generations", lambda: generation() > 2)
+            found = Target(pid)
+            for _ in range(150):
+                try:
+                    found.stop()
+                    found.let_run()
+                    with found.some_stopped(procfs.tids(pid)):
+                        pass
+                except ProcessGoneError:
+                    met += 1
+                except SyscallError as e:
+                    if e.errno != errno.ETIMEDOUT:  # then all are let go
+                        raise
+            found.close()
+            assert met, "it never happened: the test shows nothing"
+            wait_for("no tracer", lambda: not procfs.status(pid).tracer)
+            then = generation()
+            wait_for("more generations", lambda: generation() > then + 2)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            shell.kill()

@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "ptrace.h"
+#include "reaper.h"
 
 #include <dirent.h>
 #include <elf.h>
@@ -104,8 +105,25 @@ static bool ended(int32_t pid, int32_t tid)
 	return state == 'Z' || state == 'X';
 }
 
-/* Seizes and interrupts the threads that are not in `tids` yet; returns how many were added, or sets *err. */
-static uint64_t seize_new(int32_t pid, int32_t *tids, uint64_t n, uint64_t cap, int *err)
+/* Seizes and interrupts a thread; ESRCH when it has ended. */
+static int seize(int32_t pid, int32_t tid)
+{
+	int why = EPERM;
+
+	/* Twice: in between the number may have become another thread's, by execve(2). */
+	for (int i = 0; i < 2 && why == EPERM; i++) {
+		why = ptrace(PTRACE_SEIZE, tid, 0, 0) == -1 ? errno : 0;
+		/* One that could not be stopped last time, and so not let go either, is ours still. */
+		if ((!why || why == EPERM) && ptrace(PTRACE_INTERRUPT, tid, 0, 0) == 0)
+			return 0;
+		if (why == EPERM && ended(pid, tid))
+			return ESRCH;
+	}
+	return why;
+}
+
+/* The same for those that are not in `tids` yet; returns how many were added, or sets *err. */
+static uint64_t seize_new(int32_t pid, int32_t *tids, uint64_t n, uint64_t cap, lm_reaper *reaper, int *err)
 {
 	char path[64];
 	struct dirent *e;
@@ -126,19 +144,15 @@ static uint64_t seize_new(int32_t pid, int32_t *tids, uint64_t n, uint64_t cap, 
 			*err = E2BIG;
 			break;
 		}
-		if (ptrace(PTRACE_SEIZE, tid, 0, 0) == -1) {
-			if (errno == ESRCH || (errno == EPERM && ended(pid, tid)))
-				continue; /* it ended meanwhile */
-			/* One that could not be stopped last time, and so not let go either, is ours still. */
-			int why = errno;
-			if (why != EPERM || ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1) {
-				*err = why;
-				break;
-			}
-			tids[n++] = tid;
+		if (n)
+			lm_reaper_watch(reaper, tids, n);
+		int why = seize(pid, tid);
+		if (why == ESRCH)
 			continue;
+		if (why) {
+			*err = why;
+			break;
 		}
-		ptrace(PTRACE_INTERRUPT, tid, 0, 0);
 		tids[n++] = tid;
 	}
 	closedir(d);
@@ -164,31 +178,72 @@ static int wait_interrupted(int32_t tid, uint64_t deadline)
 	}
 }
 
+/* Waits for the stops of `tids` from `n` to `end` on; how many there are then: those that have ended are left out. */
+static uint64_t wait_for_stops(int32_t *tids, uint64_t n, uint64_t end, uint64_t deadline, int *err)
+{
+	uint64_t keep = n;
+
+	for (uint64_t i = n; i < end; i++) {
+		int e = *err ? *err : wait_interrupted(tids[i], deadline);
+		if (e == ESRCH)
+			continue;
+		if (e)
+			*err = e;
+		tids[keep++] = tids[i];
+	}
+	return keep;
+}
+
+/* Who has executed a program goes by the main thread's number since then, and may be ours still. */
+static uint64_t with_renamed(int32_t pid, int32_t *tids, uint64_t n, uint64_t cap, uint64_t deadline)
+{
+	if (n == cap || known(tids, n, pid) || ptrace(PTRACE_INTERRUPT, pid, 0, 0) == -1)
+		return n;
+	if (!wait_interrupted(pid, deadline))
+		tids[n++] = pid;
+	return n;
+}
+
 lm_result lm_stop_all(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeout_ns)
 {
-	uint64_t deadline = now_ns() + timeout_ns, n = 0;
+	uint64_t deadline = now_ns() + timeout_ns, n = 0, added;
+	lm_reaper reaper = {0};
 	int err = 0;
 
-	for (;;) {
-		uint64_t added = seize_new(pid, tids, n, cap, &err);
-		uint64_t keep = n;
-		for (uint64_t i = n; i < n + added; i++) {
-			int e = err ? err : wait_interrupted(tids[i], deadline);
-			if (e == 0)
-				tids[keep++] = tids[i];
-			else if (e != ESRCH) {
-				err = e;
-				tids[keep++] = tids[i];
-			}
-		}
-		n = keep;
-		if (err) {
-			lm_detach_all(tids, n, 0);
-			return lm_fail(n, err);
-		}
-		if (!added)
-			return n ? lm_ok(n) : lm_fail(0, ESRCH);
+	do {
+		added = seize_new(pid, tids, n, cap, &reaper, &err);
+		n = wait_for_stops(tids, n, n + added, deadline, &err);
+	} while (added && !err);
+	lm_reaper_stop(&reaper);
+	if (err) {
+		n = with_renamed(pid, tids, n, cap, now_ns() + LET_GO_NS);
+		lm_detach_all(tids, n, 0);
+		return lm_fail(n, err);
 	}
+	return n ? lm_ok(n) : lm_fail(0, ESRCH);
+}
+
+lm_result lm_stop_some(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeout_ns)
+{
+	uint64_t deadline = now_ns() + timeout_ns, taken = 0, n;
+	lm_reaper reaper = {0};
+	int err = 0;
+
+	for (uint64_t i = 0; i < cap; i++) {
+		if (taken)
+			lm_reaper_watch(&reaper, tids, taken);
+		int32_t tid = tids[i];
+		if (!seize(pid, tid))
+			tids[taken++] = tid;
+	}
+	n = wait_for_stops(tids, 0, taken, deadline, &err);
+	n = with_renamed(pid, tids, n, cap, now_ns() + LET_GO_NS);
+	lm_reaper_stop(&reaper);
+	if (err) {
+		lm_detach_all(tids, n, 0);
+		return lm_fail(n, err);
+	}
+	return lm_ok(n);
 }
 
 lm_result lm_detach_all(const int32_t *tids, uint64_t n, int32_t sig)

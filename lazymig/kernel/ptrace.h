@@ -44,6 +44,8 @@ lm_result lm_wait(int32_t tid, uint64_t timeout_ns, int32_t *status);
  * number. On failure all that were seized are let go and run on. Signals that arrive on the way are delivered.
  */
 lm_result lm_stop_all(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeout_ns);
+/* The same for the `n` threads in `tids`, but for those that have ended or cannot be seized; `done` are left there. */
+lm_result lm_stop_some(int32_t pid, int32_t *tids, uint64_t n, uint64_t timeout_ns);
 /* Lets the threads go. `sig` is 0, or a signal to leave each with. Gone threads are not an error. */
 lm_result lm_detach_all(const int32_t *tids, uint64_t n, int32_t sig);
 /* Reads `out` and the extended state (at most `cap` bytes) of a stopped thread. */

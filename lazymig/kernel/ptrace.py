@@ -81,6 +81,13 @@ def stop_all(pid: int, timeout_ns: int = STOP_TIMEOUT_NS) -> list[int]:
     return [pid, *found]
 
 
+def stop_some(pid: int, tids: Sequence[int], timeout_ns: int = STOP_TIMEOUT_NS) -> list[int]:
+    """The same for some threads: those of ``tids`` that can be had. Raises SyscallError after letting them go again."""
+    some = ffi.new("int32_t[]", list(tids))
+    n = check(lib.lm_stop_some(pid, some, len(tids), timeout_ns), "stopping threads", f"pid {pid}")
+    return list(ffi.unpack(some, n)) if n else []
+
+
 def detach_all(tids: Sequence[int], sig: int = 0) -> None:
     """Lets threads run on, untraced; threads that ended meanwhile are no error."""
     lib.lm_detach_all(ffi.new("int32_t[]", list(tids)), len(tids), sig)

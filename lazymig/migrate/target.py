@@ -292,22 +292,16 @@ class Target:
     @contextlib.contextmanager
     def some_stopped(self, tids: Sequence[int]) -> Iterator[None]:
         """Holds these threads up for as long as the context lasts; those that have ended do not matter."""
-        stopped: list[ThreadState] = []
+        taken = ptrace.stop_some(self.pid, tids, _STOP_NS)
         try:
-            for tid in tids:
-                try:
-                    ptrace.seize(tid)
-                except (SyscallError, ProcessGoneError):
-                    continue
-                try:
-                    ptrace.stop_seized(tid, _STOP_NS)
-                    stopped.append(self._remember_call(ptrace.read_thread(tid)))
-                except BaseException:
-                    ptrace.detach_all([tid])
-                    raise
+            stopped = Stopped([self._remember_call(ptrace.read_thread(t)) for t in taken])
+        except BaseException:
+            ptrace.detach_all(taken)
+            raise
+        try:
             yield
         finally:
-            self._release(Stopped(stopped))
+            self._release(stopped)
 
     # ---- memory
 
