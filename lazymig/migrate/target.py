@@ -377,8 +377,7 @@ class Target:
         self.stop()
         try:
             with self.injection() as inj:
-                with self._room_for_one():
-                    fd = inj.step("userfaultfd", SYS.userfaultfd, _O_CLOEXEC_NONBLOCK | _UFFD_USER_MODE_ONLY)
+                fd = self._make_one(inj)
                 try:
                     ours = self.source.getfd(fd)
                 finally:
@@ -395,17 +394,24 @@ class Target:
             raise
         return uffd
 
+    def _make_one(self, inj: Injection) -> int:
+        flags = _O_CLOEXEC_NONBLOCK | _UFFD_USER_MODE_ONLY
+        try:
+            return inj.step("userfaultfd", SYS.userfaultfd, flags)
+        except SyscallError as e:
+            if e.errno != errno.EMFILE:
+                raise
+        with self._room_for_one():
+            return inj.step("userfaultfd", SYS.userfaultfd, flags)
+
     @contextlib.contextmanager
     def _room_for_one(self) -> Iterator[None]:
-        """Lets the stopped process have one more descriptor than it has, if it is allowed no more."""
-        soft, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+        """Lets the stopped process have one more descriptor than it has, which is all that it may."""
         count = len(self.source.fds())
-        if soft == resource.RLIM_INFINITY or count < soft:
-            yield
-            return
         enough = count + 1  # the kernel gives the lowest number that is free
-        most = hard if hard == resource.RLIM_INFINITY else max(hard, enough)
         try:
+            soft, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+            most = hard if hard == resource.RLIM_INFINITY else max(hard, enough)
             resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (enough, most))
         except PermissionError:
             raise LazymigError(
