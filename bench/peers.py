@@ -26,10 +26,11 @@ Words = tuple[str | Path, ...]
 _MEMORY = Path("/dev/shm")
 # A writer that CRIU restored tells, rightly, of what CRIU does not restore: a sleep or a wait with a time limit ends
 # with EINTR where the kernel would have gone on with it (its forked children say so too), and threads may run on all
-# processors. That is no wrong byte.
+# processors; its arguments and environment cannot be read from /proc while their pages are lazy. That is no wrong byte.
 _KNOWN = re.compile(
     r"a sleep was interrupted by nothing$|^a forked child ended with status 100$"
     r"|^thread \d+: (was «name|futex: Interrupted system call$)"
+    r"|^was «/proc/self/(cmdline|environ)[^»]*», is «/proc/self/\2»$"
 )
 
 
