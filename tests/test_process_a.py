@@ -115,7 +115,7 @@ def dump_threads(src: Stopped) -> list[core_pb2.thread_core_entry]:
     cores = [core_pb2.thread_core_entry(futex_rla=0, futex_rla_len=0) for _ in src.tids]
     run_all_steps(
         [
-            (b, [creds.dump(b, c, t), sched.dump(b, c, t), seccomp.dump_mode(b, c)])
+            (b, [creds.dump(b, c, t), sched.dump(b, c, t)])
             for b, c, t in zip(src.batches, cores, src.tids, strict=True)
         ]
     )

@@ -14,26 +14,16 @@ from typing import Self
 
 from lazymig.arch import PAGE_SIZE, SYS
 from lazymig.errors import LazymigError, ProcessGoneError, SyscallError
-from lazymig.kernel import ptrace
+from lazymig.kernel import procfs, ptrace
 from lazymig.kernel.batch import Batch, blob
 from lazymig.kernel.ptrace import ThreadState
 from lazymig.native import CData, ffi, lib
 
 _PROT_RW, _PROT_RX, _PROT_RWX = 3, 5, 7
 _MAP_PRIVATE_ANONYMOUS = 0x22
-_ACTION_OFFSET, _ACTION_SIZE = (
-    128,
-    32,
-)  # in the area, between the interpreter and the batches; struct sigaction
+# struct sigaction, in the area between the interpreter and the batches.
+_ACTION_OFFSET, _ACTION_SIZE = 128, 32
 _SIGSET_SIZE = 8
-
-
-def _status(pid: int) -> bytes:
-    fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 1 << 20)
-    finally:
-        os.close(fd)
 
 
 def _value(status: bytes, name: bytes, size: int) -> bytes:
@@ -146,7 +136,7 @@ class Injection:
     def map_region(self, size: int) -> PrivateRegion:
         """Maps the area that batches need; it goes away with this context."""
         self.region = PrivateRegion(self.pid, self._map(size), size)
-        status = _status(self.pid)
+        status = procfs.read(self.pid, "status")
         # All that is mapped is locked then, and so there at once, but for MCL_ONFAULT, which nothing tells of. (Asked
         # before anything is written: that may bring a huge page.)
         self.lock_future = _has_locked(status) and _present(self.pid, self.region.base)

@@ -79,6 +79,13 @@ lm_result lm_wait(int32_t tid, uint64_t timeout_ns, int32_t *status)
 	}
 }
 
+static lm_result wait_until(int32_t tid, uint64_t deadline, int32_t *status)
+{
+	uint64_t now = now_ns();
+
+	return lm_wait(tid, deadline > now ? deadline - now : 0, status);
+}
+
 static bool known(const int32_t *tids, uint64_t n, int32_t tid)
 {
 	for (uint64_t i = 0; i < n; i++)
@@ -164,8 +171,7 @@ static int wait_interrupted(int32_t tid, uint64_t deadline)
 {
 	for (;;) {
 		int32_t st;
-		uint64_t now = now_ns();
-		lm_result r = lm_wait(tid, deadline > now ? deadline - now : 0, &st);
+		lm_result r = wait_until(tid, deadline, &st);
 		if (r.err)
 			return r.err;
 		if (STOP_EVENT(st) == PTRACE_EVENT_STOP)
@@ -204,6 +210,17 @@ static uint64_t with_renamed(int32_t pid, int32_t *tids, uint64_t n, uint64_t ca
 	return n;
 }
 
+/* The end of stopping threads, which on an error are let go again. */
+static lm_result stopped(int32_t pid, int32_t *tids, uint64_t n, uint64_t cap, lm_reaper *reaper, int err)
+{
+	n = with_renamed(pid, tids, n, cap, now_ns() + LET_GO_NS);
+	lm_reaper_stop(reaper);
+	if (!err)
+		return lm_ok(n);
+	lm_detach_all(tids, n, 0);
+	return lm_fail(n, err);
+}
+
 lm_result lm_stop_all(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeout_ns)
 {
 	uint64_t deadline = now_ns() + timeout_ns, n = 0, added;
@@ -214,13 +231,7 @@ lm_result lm_stop_all(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeout
 		added = seize_new(pid, tids, n, cap, &reaper, &err);
 		n = wait_for_stops(tids, n, n + added, deadline, &err);
 	} while (added && !err);
-	lm_reaper_stop(&reaper);
-	if (err) {
-		n = with_renamed(pid, tids, n, cap, now_ns() + LET_GO_NS);
-		lm_detach_all(tids, n, 0);
-		return lm_fail(n, err);
-	}
-	return n ? lm_ok(n) : lm_fail(0, ESRCH);
+	return stopped(pid, tids, n, cap, &reaper, err || n ? err : ESRCH);
 }
 
 lm_result lm_stop_some(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeout_ns)
@@ -237,13 +248,7 @@ lm_result lm_stop_some(int32_t pid, int32_t *tids, uint64_t cap, uint64_t timeou
 			tids[taken++] = tid;
 	}
 	n = wait_for_stops(tids, 0, taken, deadline, &err);
-	n = with_renamed(pid, tids, n, cap, now_ns() + LET_GO_NS);
-	lm_reaper_stop(&reaper);
-	if (err) {
-		lm_detach_all(tids, n, 0);
-		return lm_fail(n, err);
-	}
-	return lm_ok(n);
+	return stopped(pid, tids, n, cap, &reaper, err);
 }
 
 lm_result lm_detach_all(const int32_t *tids, uint64_t n, int32_t sig)
@@ -355,8 +360,7 @@ static int wait_trap(int32_t tid, int how, uint64_t deadline)
 {
 	for (;;) {
 		int32_t st;
-		uint64_t now = now_ns();
-		lm_result r = lm_wait(tid, deadline > now ? deadline - now : 0, &st);
+		lm_result r = wait_until(tid, deadline, &st);
 
 		if (r.err)
 			return r.err;
@@ -464,7 +468,6 @@ lm_result lm_recover(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t t
 			return waited;
 	}
 	while (STOP_EVENT(st) != PTRACE_EVENT_STOP) {
-		uint64_t now = now_ns();
 		lm_result waited;
 
 		/* At the entry of a system call it would still be made. */
@@ -473,7 +476,7 @@ lm_result lm_recover(int32_t tid, const lm_regs *regs, uint64_t mask, uint64_t t
 		if (ptrace(PTRACE_SETREGS, tid, 0, &r) == -1 || ptrace(PTRACE_INTERRUPT, tid, 0, 0) == -1 ||
 		    ptrace(PTRACE_CONT, tid, 0, 0) == -1)
 			return lm_fail(0, errno);
-		waited = lm_wait(tid, deadline > now ? deadline - now : 0, &st);
+		waited = wait_until(tid, deadline, &st);
 		if (waited.err)
 			return waited;
 	}

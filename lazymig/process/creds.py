@@ -5,13 +5,13 @@ In Linux every thread has its own; only the C library keeps them equal.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Callable, Iterable
 
 from lazymig.arch import SYS
 from lazymig.errors import LazymigError
+from lazymig.kernel import procfs
 from lazymig.kernel.batch import Batch, Call, Steps
 from lazymig.pb import core_pb2, creds_pb2
 
@@ -50,11 +50,7 @@ def status_lines(tid: int) -> bytes:
     more for a process of many threads. And what a process may do is asked of the kernel, not of the process: the
     answers to calls inside it lie in its memory, where whoever else writes to that could make it root elsewhere.
     """
-    fd = os.open(f"/proc/{tid}/status", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        text = os.read(fd, 1 << 20)
-    finally:
-        os.close(fd)
+    text = procfs.read(tid, "status")
     return (
         _lines(text, b"\nUid:", b"\nGroups:")
         + b"\0"

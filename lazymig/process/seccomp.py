@@ -20,7 +20,7 @@ from lazymig.pb import core_pb2, seccomp_pb2
 
 _MAX_INSNS = 4096  # BPF_MAXINSNS
 _MAX_FILTERS = 32768 // 8  # the kernel allows 32768 instructions in all, and counts 4 more for each filter
-_PR_GET_SECCOMP, _PR_SET_SECCOMP = 21, 22
+_PR_SET_SECCOMP = 22
 _SET_MODE_FILTER = 1
 _TSYNC, _LOG, _SPEC_ALLOW = 1, 2, 4  # SECCOMP_FILTER_FLAG_* (linux/seccomp.h)
 _FPROG = struct.Struct("<HxxxxxxQ")  # struct sock_fprog
@@ -64,14 +64,6 @@ def dump_common(pid: int) -> seccomp_pb2.seccomp_entry:
         if not common:
             break
     return seccomp_pb2.seccomp_entry(seccomp_filters=common or [])
-
-
-def dump_mode(b: Batch, core: core_pb2.thread_core_entry) -> Steps[None]:
-    """Sets ``core.seccomp_mode``."""
-    c = b.call(SYS.prctl, _PR_GET_SECCOMP, 0, 0, 0, 0)
-    yield
-    modes = {1: core_pb2.strict, 2: core_pb2.filter}
-    core.seccomp_mode = modes.get(c.ret, core_pb2.disabled)
 
 
 def _install(

@@ -51,15 +51,13 @@ def dump_process(
     ``trap_action``: see `signals.dump_actions`. ``lock_future``: whether it has done mlockall(MCL_FUTURE).
     """
     core = core_pb2.task_core_entry(task_state=_TASK_ALIVE, exit_code=0, flags=0, blk_sigset=0, comm="")
-    main = core_pb2.thread_core_entry()
-    actions, kept_timers, mm, where, place, _, _ = yield from together(
+    actions, kept_timers, mm, where, place, _ = yield from together(
         signals.dump_actions(b, trap_action),
         timers.dump(b, pid),
         prctl.dump_mm(b, pid),
         fs.dump(b, pid),
         identity.dump(b, pid),
         limits.dump(b, core, pid),
-        filters.dump_mode(b, main),
     )
     limits.read_outside(pid, core, mm)
     mm.lock_future = lock_future
@@ -67,7 +65,7 @@ def dump_process(
     core.timers.CopyFrom(kept_timers)
     core.signals_s.CopyFrom(signals.dump_pending(pid, shared=True))
     state = state_pb2.ProcessState(tc=core, mm=mm, fs=where, place=place)
-    if main.seccomp_mode == core_pb2.filter:
+    if filters.any_filter([pid]):
         state.seccomp.CopyFrom(filters.dump_common(pid))
     return state.SerializeToString()
 
